@@ -1,0 +1,1 @@
+//! One battery of cases that every kernel of every device must pass.

@@ -1,0 +1,114 @@
+use crate::LinearSpec;
+
+/// Why a kernel cannot run a layer, or cannot run on this machine at all.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unsupported {
+    /// The CPU lacks an instruction set.
+    #[error("the CPU lacks {feature}")]
+    CpuFeature {
+        /// Name of the feature, as `std::is_x86_feature_detected` spells it.
+        feature: &'static str,
+    },
+    /// The kernel does not do this width.
+    #[error("{bits}-bit weights are not supported")]
+    Bits {
+        /// Width of the layer's codes.
+        bits: u32,
+    },
+    /// The kernel does not do this group size.
+    #[error("group_size {group_size} is not supported")]
+    GroupSize {
+        /// Nominal group size of the layer.
+        group_size: usize,
+    },
+    /// The kernel does not do this shape.
+    #[error("in_features {in_features}, out_features {out_features} is not supported")]
+    Shape {
+        /// Input features.
+        in_features: usize,
+        /// Output features.
+        out_features: usize,
+    },
+    /// The kernel takes other weights than these.
+    #[error("weights of this format are not supported")]
+    WeightFormat,
+}
+
+/// What can go wrong in preparing or running a layer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// The kernel does not do such layers.
+    #[error("kernel {kernel}: {reason}")]
+    Unsupported {
+        /// Name of the kernel.
+        kernel: &'static str,
+        /// Why not.
+        reason: Unsupported,
+    },
+    /// No kernel of that name.
+    #[error("no kernel is named {name:?}; there are {available:?}")]
+    UnknownKernel {
+        /// The name asked for.
+        name: String,
+        /// The names that exist on this machine.
+        available: Vec<&'static str>,
+    },
+    /// No kernel of this device does such layers.
+    #[error("no kernel supports {spec:?}: {reasons:?}")]
+    NoKernel {
+        /// The layer.
+        spec: Box<LinearSpec>,
+        /// What each kernel said.
+        reasons: Vec<(&'static str, Unsupported)>,
+    },
+    /// Activations do not fit the layer.
+    #[error("{argument} is {got_rows} x {got_cols}, the layer needs {rows} x {cols}")]
+    Shape {
+        /// `x` or `y`.
+        argument: &'static str,
+        /// Rows needed.
+        rows: usize,
+        /// Columns needed.
+        cols: usize,
+        /// Rows given.
+        got_rows: usize,
+        /// Columns given.
+        got_cols: usize,
+    },
+    /// A matrix does not fit in its memory.
+    #[error("a {rows} x {cols} matrix with row stride {row_stride} does not fit in {len} elements")]
+    MatrixBounds {
+        /// Rows.
+        rows: usize,
+        /// Columns.
+        cols: usize,
+        /// Row stride in elements.
+        row_stride: usize,
+        /// Elements there are.
+        len: usize,
+    },
+    /// The workspace is too small.
+    #[error("workspace of {got} elements, {needed} are needed")]
+    Workspace {
+        /// Elements needed.
+        needed: usize,
+        /// Elements given.
+        got: usize,
+    },
+    /// Memory could not be had.
+    #[error("no memory for {elements} elements")]
+    OutOfMemory {
+        /// Elements asked for.
+        elements: usize,
+    },
+    /// Source and destination of a copy differ in length.
+    #[error("copy of {src} elements into {dst}")]
+    CopyLength {
+        /// Elements of the source.
+        src: usize,
+        /// Elements of the destination.
+        dst: usize,
+    },
+}
