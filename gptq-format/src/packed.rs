@@ -1,6 +1,10 @@
 use half::f16;
 
 use crate::Bits;
+use crate::bitstream::{pack_columns, pack_stream, padding_mask, unpack_columns, unpack_stream};
+
+#[cfg(test)]
+mod tests;
 
 /// One quantised linear layer in the canonical layout of this crate family.
 ///
@@ -114,6 +118,16 @@ pub enum PackError {
         /// The width.
         bits: u32,
     },
+    /// Bits behind the last code or zero point are set: the words were packed for another shape or width.
+    #[error("{field}[{index}] = {word:#010x} has bits set behind its last value")]
+    Padding {
+        /// Which field.
+        field: &'static str,
+        /// Flat index of the word.
+        index: usize,
+        /// The word.
+        word: u32,
+    },
     /// `g_idx` names a group that does not exist.
     #[error("g_idx[{index}] = {group}, but there are {groups} groups")]
     GroupIndex {
@@ -138,15 +152,84 @@ pub enum PackError {
 
 impl PackedLinear {
     /// Packs unpacked codes.
+    ///
+    /// A `group_size` above `in_features` is stored as `in_features`.
+    ///
+    /// # Errors
+    /// [`PackError::Shape`] and [`PackError::Length`] if the sizes do not agree, [`PackError::Range`] if a code or zero
+    /// point does not fit, [`PackError::GroupIndex`], and [`PackError::NonFinite`] if a scale or bias has no finite half
+    /// precision value.
     pub fn pack(codes: &CodesRef<'_>) -> Result<Self, PackError> {
-        let _ = codes;
-        todo!("format helper")
+        let &CodesRef { bits, in_features, out_features, .. } = codes;
+        let groups = check_shape(in_features, out_features, codes.group_size)?;
+        check_length("codes", in_features * out_features, codes.codes.len())?;
+        check_length("zeros", out_features * groups, codes.zeros.len())?;
+        check_length("scales", out_features * groups, codes.scales.len())?;
+        check_g_idx(codes.g_idx, in_features, groups)?;
+        check_range("codes", bits, codes.codes)?;
+        check_range("zeros", bits, codes.zeros)?;
+
+        let zero_words = bits.words(out_features);
+        let mut qzeros = vec![0; groups * zero_words];
+        let mut scales = vec![f16::ZERO; groups * out_features];
+        let mut zeros_of_group = vec![0; out_features];
+        for group in 0..groups {
+            let row = &mut scales[group * out_features..][..out_features];
+            for out in 0..out_features {
+                let at = out * groups + group;
+                row[out] = half("scales", at, codes.scales[at])?;
+                zeros_of_group[out] = codes.zeros[at];
+            }
+            pack_stream(bits, &zeros_of_group, &mut qzeros[group * zero_words..][..zero_words]);
+        }
+        let bias = match codes.bias {
+            None => None,
+            Some(bias) => {
+                check_length("bias", out_features, bias.len())?;
+                Some(bias.iter().enumerate().map(|(i, &x)| half("bias", i, x)).collect::<Result<_, _>>()?)
+            }
+        };
+        Ok(Self {
+            bits,
+            group_size: codes.group_size.min(in_features),
+            in_features,
+            out_features,
+            qweight: pack_columns(bits, codes.codes, in_features, out_features),
+            qzeros,
+            scales,
+            g_idx: codes.g_idx.to_vec(),
+            bias,
+        })
     }
 
     /// Validates packed words.
+    ///
+    /// The number of groups is `ceil(in_features / group_size)`; a `group_size` above `in_features` is stored as
+    /// `in_features`.
+    ///
+    /// # Errors
+    /// [`PackError::Shape`] and [`PackError::Length`] if the sizes do not agree, [`PackError::Padding`],
+    /// [`PackError::GroupIndex`], and [`PackError::NonFinite`] for a NaN or infinite scale or bias.
     pub fn from_parts(parts: PackedParts) -> Result<Self, PackError> {
-        let _ = parts;
-        todo!("format helper")
+        let PackedParts { bits, group_size, in_features, out_features, qweight, qzeros, scales, g_idx, bias } =
+            parts;
+        let groups = check_shape(in_features, out_features, group_size)?;
+        let zero_words = bits.words(out_features);
+        check_length("qweight", bits.words(in_features) * out_features, qweight.len())?;
+        check_length("qzeros", groups * zero_words, qzeros.len())?;
+        check_length("scales", groups * out_features, scales.len())?;
+        check_g_idx(&g_idx, in_features, groups)?;
+
+        let last_row = qweight.len() - out_features;
+        check_padding("qweight", padding_mask(bits, in_features), last_row, 1, &qweight)?;
+        check_padding("qzeros", padding_mask(bits, out_features), zero_words - 1, zero_words, &qzeros)?;
+        check_finite("scales", &scales)?;
+        if let Some(bias) = &bias {
+            check_length("bias", out_features, bias.len())?;
+            check_finite("bias", bias)?;
+        }
+        let group_size = group_size.min(in_features);
+        Ok(Self { bits, group_size, in_features, out_features, qweight, qzeros, scales, g_idx, bias })
     }
 
     /// Width of one code.
@@ -197,21 +280,106 @@ impl PackedLinear {
 
     /// Whether every zero point is `2^(bits-1)`.
     pub fn is_symmetric(&self) -> bool {
-        todo!("format helper")
+        let middle = 1 << (self.bits.get() - 1);
+        let mut row = vec![0; self.bits.words(self.out_features)];
+        pack_stream(self.bits, &vec![middle; self.out_features], &mut row);
+        self.qzeros.chunks_exact(row.len()).all(|zeros| zeros == row)
     }
 
     /// Codes, `(O, I)` row-major.
     pub fn unpack_codes(&self) -> Vec<u8> {
-        todo!("format helper")
+        unpack_columns(self.bits, &self.qweight, self.in_features, self.out_features)
     }
 
     /// Zero points, `(G, O)` row-major.
     pub fn unpack_zeros(&self) -> Vec<u8> {
-        todo!("format helper")
+        let mut zeros = vec![0; self.groups() * self.out_features];
+        let rows = self.qzeros.chunks_exact(self.bits.words(self.out_features));
+        for (words, row) in rows.zip(zeros.chunks_exact_mut(self.out_features)) {
+            unpack_stream(self.bits, words, row);
+        }
+        zeros
     }
 
-    /// Float32 weight, `(O, I)` row-major: `f32(scale) * (code - zero)`, rounded once.
+    /// Float32 weight, `(O, I)` row-major: `f32(scale) * (code - zero)`.
+    ///
+    /// Exact: a half-precision scale has 11 significant bits and the difference at most 9, a float32 has 24.
     pub fn dequantize(&self) -> Vec<f32> {
-        todo!("format helper")
+        let codes = self.unpack_codes();
+        let zeros = self.unpack_zeros();
+        let mut weight = vec![0.0; codes.len()];
+        let rows = codes.chunks_exact(self.in_features).zip(weight.chunks_exact_mut(self.in_features));
+        let mut grid = vec![(0.0, 0.0); self.groups()];
+        for (out, (codes, weight)) in rows.enumerate() {
+            for (group, grid) in grid.iter_mut().enumerate() {
+                let at = group * self.out_features + out;
+                *grid = (self.scales[at].to_f32(), f32::from(zeros[at]));
+            }
+            for ((weight, &code), &group) in weight.iter_mut().zip(codes).zip(&self.g_idx) {
+                let (scale, zero) = grid[group as usize];
+                *weight = scale * (f32::from(code) - zero);
+            }
+        }
+        weight
     }
+}
+
+/// The number of groups, if the layer can exist and none of its sizes in bits overflows.
+fn check_shape(in_features: usize, out_features: usize, group_size: usize) -> Result<usize, PackError> {
+    let bits = in_features.checked_next_multiple_of(32).zip(out_features.checked_next_multiple_of(32));
+    let fits = bits.and_then(|(i, o)| i.checked_mul(o)?.checked_mul(8)).is_some();
+    if !fits || in_features == 0 || out_features == 0 || group_size == 0 {
+        return Err(PackError::Shape { in_features, out_features, group_size });
+    }
+    Ok(in_features.div_ceil(group_size))
+}
+
+fn check_length(field: &'static str, expected: usize, got: usize) -> Result<(), PackError> {
+    if got == expected { Ok(()) } else { Err(PackError::Length { field, expected, got }) }
+}
+
+fn check_g_idx(g_idx: &[u32], in_features: usize, groups: usize) -> Result<(), PackError> {
+    check_length("g_idx", in_features, g_idx.len())?;
+    match g_idx.iter().position(|&group| group as usize >= groups) {
+        None => Ok(()),
+        Some(index) => Err(PackError::GroupIndex { index, group: g_idx[index], groups }),
+    }
+}
+
+fn check_range(field: &'static str, bits: Bits, values: &[u8]) -> Result<(), PackError> {
+    // One OR over everything vectorises; the position is looked for only where there is something to find.
+    let max = bits.max_code();
+    if values.iter().fold(0, |all, value| all | value) <= max {
+        return Ok(());
+    }
+    match values.iter().position(|&value| value > max) {
+        None => Ok(()),
+        Some(index) => Err(PackError::Range { field, index, value: values[index].into(), bits: bits.get() }),
+    }
+}
+
+/// Checks the words `first, first + step, ...`.
+fn check_padding(
+    field: &'static str,
+    mask: u32,
+    first: usize,
+    step: usize,
+    words: &[u32],
+) -> Result<(), PackError> {
+    match (first..words.len()).step_by(step).find(|&index| words[index] & mask != 0) {
+        None => Ok(()),
+        Some(index) => Err(PackError::Padding { field, index, word: words[index] }),
+    }
+}
+
+fn check_finite(field: &'static str, values: &[f16]) -> Result<(), PackError> {
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(PackError::NonFinite { field, index, value: values[index].to_f32() }),
+    }
+}
+
+fn half(field: &'static str, index: usize, value: f32) -> Result<f16, PackError> {
+    let rounded = f16::from_f32(value);
+    if rounded.is_finite() { Ok(rounded) } else { Err(PackError::NonFinite { field, index, value }) }
 }

@@ -1,0 +1,278 @@
+//! Codes to words and back: the little-endian continuous bit stream of the format.
+//!
+//! Code `k` of a stream sits at bits `[b*k, b*k + b)`. The least common multiple is 32 codes in `b` words, so every loop
+//! here works on such a run and treats a ragged end as one run padded with zeros. Eight codes are squeezed together in one
+//! 64-bit register (three shift-or-mask steps), which the compiler widens to whatever vectors the target has.
+
+use crate::Bits;
+
+/// Codes in one run; they fill exactly `b` words.
+pub(crate) const RUN: usize = 32;
+
+/// Output features in a tile of [`pack_columns`]: 64 words are four cache lines of the word matrix.
+const TILE_COLUMNS: usize = 64;
+/// Runs in a tile: with 64 columns and 8 bits the words of a tile take 16 KiB, half of a small L1 data cache.
+const TILE_RUNS: usize = 8;
+/// Words in a tile of any width.
+const TILE_WORDS: usize = TILE_COLUMNS * TILE_RUNS * 8;
+
+/// The low `used` bits of every `lane` bits.
+const fn lanes(lane: u32, used: u32) -> u64 {
+    let one = u64::MAX >> (64 - used);
+    let mut mask = 0;
+    let mut at = 0;
+    while at < 64 {
+        mask |= one << at;
+        at += lane;
+    }
+    mask
+}
+
+/// Eight codes, one per byte, to `8 * B` adjacent bits.
+#[inline(always)]
+fn squeeze<const B: u32>(codes: u64) -> u64 {
+    let gap = 8 - B;
+    let pairs = (codes | codes >> gap) & const { lanes(16, 2 * B) };
+    let quads = (pairs | pairs >> (2 * gap)) & const { lanes(32, 4 * B) };
+    (quads | quads >> (4 * gap)) & const { lanes(64, 8 * B) }
+}
+
+/// The inverse of [`squeeze`]; bits above `8 * B` must be zero.
+#[inline(always)]
+fn spread<const B: u32>(stream: u64) -> u64 {
+    let gap = 8 - B;
+    let quads = (stream | stream << (4 * gap)) & const { lanes(32, 4 * B) };
+    let pairs = (quads | quads << (2 * gap)) & const { lanes(16, 2 * B) };
+    (pairs | pairs << gap) & const { lanes(8, B) }
+}
+
+#[inline(always)]
+fn eight(codes: &[u8], at: usize) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&codes[at * 8..at * 8 + 8]);
+    u64::from_le_bytes(bytes)
+}
+
+/// Packs one run: `words.len() == B`.
+#[inline(always)]
+fn pack_run<const B: u32>(codes: &[u8; RUN], words: &mut [u32]) {
+    let mut pending = 0u128;
+    let mut filled = 0;
+    let mut word = 0;
+    for part in 0..4 {
+        pending |= u128::from(squeeze::<B>(eight(codes, part))) << filled;
+        filled += 8 * B;
+        while filled >= 32 {
+            words[word] = pending as u32;
+            word += 1;
+            pending >>= 32;
+            filled -= 32;
+        }
+    }
+}
+
+/// Unpacks one run: `words.len() == B`.
+#[inline(always)]
+fn unpack_run<const B: u32>(words: &[u32], codes: &mut [u8; RUN]) {
+    let mut pending = 0u128;
+    let mut filled = 0;
+    let mut word = 0;
+    for part in 0..4 {
+        while filled < 8 * B {
+            pending |= u128::from(words[word]) << filled;
+            word += 1;
+            filled += 32;
+        }
+        let stream = pending as u64 & const { lanes(64, 8 * B) };
+        codes[part * 8..part * 8 + 8].copy_from_slice(&spread::<B>(stream).to_le_bytes());
+        pending >>= 8 * B;
+        filled -= 8 * B;
+    }
+}
+
+fn pack<const B: u32>(codes: &[u8], words: &mut [u32]) {
+    let width = B as usize;
+    let (runs, tail) = codes.as_chunks::<RUN>();
+    for (run, words) in runs.iter().zip(words.chunks_exact_mut(width)) {
+        pack_run::<B>(run, words);
+    }
+    if !tail.is_empty() {
+        let mut run = [0; RUN];
+        run[..tail.len()].copy_from_slice(tail);
+        let mut last = [0; 8];
+        pack_run::<B>(&run, &mut last[..width]);
+        let words = &mut words[runs.len() * width..];
+        words.copy_from_slice(&last[..words.len()]);
+    }
+}
+
+fn unpack<const B: u32>(words: &[u32], codes: &mut [u8]) {
+    let width = B as usize;
+    let (runs, tail) = codes.as_chunks_mut::<RUN>();
+    let whole = runs.len() * width;
+    for (run, words) in runs.iter_mut().zip(words.chunks_exact(width)) {
+        unpack_run::<B>(words, run);
+    }
+    if !tail.is_empty() {
+        let mut last = [0; 8];
+        last[..words.len() - whole].copy_from_slice(&words[whole..]);
+        let mut run = [0; RUN];
+        unpack_run::<B>(&last[..width], &mut run);
+        tail.copy_from_slice(&run[..tail.len()]);
+    }
+}
+
+/// Packs one stream. `words.len()` must be `bits.words(codes.len())`, every code must fit in `bits`.
+pub(crate) fn pack_stream(bits: Bits, codes: &[u8], words: &mut [u32]) {
+    assert_eq!(words.len(), bits.words(codes.len()), "invariant: the caller sized the words");
+    match bits {
+        Bits::B2 => pack::<2>(codes, words),
+        Bits::B3 => pack::<3>(codes, words),
+        Bits::B4 => pack::<4>(codes, words),
+        Bits::B8 => pack::<8>(codes, words),
+    }
+}
+
+/// Unpacks one stream. `words.len()` must be `bits.words(codes.len())`.
+pub(crate) fn unpack_stream(bits: Bits, words: &[u32], codes: &mut [u8]) {
+    assert_eq!(words.len(), bits.words(codes.len()), "invariant: the caller sized the words");
+    match bits {
+        Bits::B2 => unpack::<2>(words, codes),
+        Bits::B3 => unpack::<3>(words, codes),
+        Bits::B4 => unpack::<4>(words, codes),
+        Bits::B8 => unpack::<8>(words, codes),
+    }
+}
+
+/// Packs every row of `codes` `(columns, len)` into a column of the result `(words(len), columns)`.
+///
+/// Going tile by tile keeps both the rows that are read and the rows that are written within a few pages: a straight
+/// transposition would touch another page for every word.
+pub(crate) fn pack_columns(bits: Bits, codes: &[u8], len: usize, columns: usize) -> Vec<u32> {
+    let rows = bits.words(len);
+    let mut packed = vec![0; rows * columns];
+    let mut tile = [0u32; TILE_WORDS];
+    for tile_len in tiles(columns, TILE_COLUMNS) {
+        for run in tiles(len, TILE_RUNS * RUN) {
+            let first = bits.words(run.start);
+            let height = bits.words(run.len());
+            for (column, words) in tile_len.clone().zip(tile.chunks_exact_mut(height)) {
+                pack_stream(bits, &codes[column * len..][run.clone()], words);
+            }
+            for row in 0..height {
+                let target = &mut packed[(first + row) * columns..][tile_len.clone()];
+                for (target, words) in target.iter_mut().zip(tile.chunks_exact(height)) {
+                    *target = words[row];
+                }
+            }
+        }
+    }
+    packed
+}
+
+/// The inverse of [`pack_columns`]: `(words(len), columns)` to `(columns, len)`.
+pub(crate) fn unpack_columns(bits: Bits, packed: &[u32], len: usize, columns: usize) -> Vec<u8> {
+    let mut codes = vec![0; len * columns];
+    let mut tile = [0u32; TILE_WORDS];
+    for tile_len in tiles(columns, TILE_COLUMNS) {
+        for run in tiles(len, TILE_RUNS * RUN) {
+            let first = bits.words(run.start);
+            let height = bits.words(run.len());
+            for row in 0..height {
+                let source = &packed[(first + row) * columns..][tile_len.clone()];
+                for (source, words) in source.iter().zip(tile.chunks_exact_mut(height)) {
+                    words[row] = *source;
+                }
+            }
+            for (column, words) in tile_len.clone().zip(tile.chunks_exact(height)) {
+                unpack_stream(bits, words, &mut codes[column * len..][run.clone()]);
+            }
+        }
+    }
+    codes
+}
+
+/// `0..len` in steps; the last one may be short.
+fn tiles(len: usize, step: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..len).step_by(step).map(move |start| start..len.min(start + step))
+}
+
+/// The bits of a stream's last word that lie behind its `len` codes; zero where the codes fill the word.
+pub(crate) fn padding_mask(bits: Bits, len: usize) -> u32 {
+    match (len % 32) as u32 * bits.get() % 32 {
+        0 => 0,
+        used => u32::MAX << used,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bit by bit, straight from the definition.
+    fn naive(bits: Bits, codes: &[u8]) -> Vec<u32> {
+        let mut words = vec![0; bits.words(codes.len())];
+        for (k, &code) in codes.iter().enumerate() {
+            for bit in 0..bits.get() as usize {
+                let at = k * bits.get() as usize + bit;
+                words[at / 32] |= u32::from(code >> bit & 1) << (at % 32);
+            }
+        }
+        words
+    }
+
+    /// A fixed sequence that reaches every code.
+    fn sequence(bits: Bits, len: usize) -> Vec<u8> {
+        let mut state = 12345u32;
+        let next = |_| {
+            state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+            (state >> 24) as u8 & bits.max_code()
+        };
+        (0..len).map(next).collect()
+    }
+
+    #[test]
+    fn streams_of_every_length_equal_the_definition() {
+        for bits in Bits::ALL {
+            for len in 0..=100 {
+                let codes = sequence(bits, len);
+                let mut words = vec![0; bits.words(len)];
+                pack_stream(bits, &codes, &mut words);
+                assert_eq!(words, naive(bits, &codes), "{bits:?} {len}");
+                let mut back = vec![0; len];
+                unpack_stream(bits, &words, &mut back);
+                assert_eq!(back, codes, "{bits:?} {len}");
+                if let Some(last) = words.last() {
+                    assert_eq!(last & padding_mask(bits, len), 0, "{bits:?} {len}");
+                }
+            }
+        }
+    }
+
+    /// The three-bit words that the symmetric zero 4 and its v1 form 3 have on disk (GPTQModel writes them).
+    #[test]
+    fn three_bit_words_are_the_published_ones() {
+        let mut words = [0; 3];
+        pack_stream(Bits::B3, &[3; 32], &mut words);
+        assert_eq!(words, [0xdb6d_b6db, 0xb6db_6db6, 0x6db6_db6d]);
+        let codes: Vec<u8> = (0..32).map(|k| u8::from(k == 10) * 0b101 + u8::from(k == 21) * 0b110).collect();
+        pack_stream(Bits::B3, &codes, &mut words);
+        assert_eq!(words, [0b01 << 30, 1, 0b11]);
+    }
+
+    #[test]
+    fn columns_equal_one_stream_per_column() {
+        for bits in Bits::ALL {
+            for (len, columns) in [(1, 1), (7, 3), (256, 64), (257, 65), (600, 130), (32, 200)] {
+                let codes = sequence(bits, len * columns);
+                let packed = pack_columns(bits, &codes, len, columns);
+                for column in 0..columns {
+                    let words = naive(bits, &codes[column * len..][..len]);
+                    let got: Vec<u32> = packed.iter().skip(column).step_by(columns).copied().collect();
+                    assert_eq!(got, words, "{bits:?} {len} {columns} {column}");
+                }
+                assert_eq!(unpack_columns(bits, &packed, len, columns), codes, "{bits:?} {len} {columns}");
+            }
+        }
+    }
+}
