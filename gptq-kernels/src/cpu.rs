@@ -1,8 +1,44 @@
-//! The CPU as a device.
+//! The CPU as a device, and its kernels.
+
+mod columns;
+mod direct;
+mod float;
+mod format;
+mod layout;
+mod panel;
+mod portable;
+mod simd;
 
 use std::ops::Range;
 
-use crate::{Device, KernelError};
+use crate::{Device, KernelError, LinearKernel, LinearSpec, MatMut, MatRef, reference::ReferenceKernel};
+use float::FloatKernel;
+use portable::Portable;
+
+/// The kernels that this machine can run, fastest first, and last the float64 reference.
+///
+/// A kernel whose instructions the CPU lacks is not in the list; a `tracing` event of level debug says so.
+pub fn kernels() -> Vec<Box<dyn LinearKernel<Cpu>>> {
+    vec![Box::new(FloatKernel(Portable)), Box::new(ReferenceKernel)]
+}
+
+/// Checks `x` and `y` against the layer.
+pub(crate) fn check_operands(
+    spec: &LinearSpec,
+    x: &MatRef<'_, Cpu>,
+    y: &MatMut<'_, Cpu>,
+) -> Result<(), KernelError> {
+    let shape = |argument, rows, cols, got_rows, got_cols| {
+        Err(KernelError::Shape { argument, rows, cols, got_rows, got_cols })
+    };
+    if x.cols() != spec.in_features {
+        return shape("x", x.rows(), spec.in_features, x.rows(), x.cols());
+    }
+    if y.cols() != spec.out_features || y.rows() != x.rows() {
+        return shape("y", x.rows(), spec.out_features, y.rows(), y.cols());
+    }
+    Ok(())
+}
 
 /// The CPU: float32 activations in host memory, work spread over the current rayon thread pool.
 #[derive(Clone, Copy, Debug, Default)]

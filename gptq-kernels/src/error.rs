@@ -97,6 +97,18 @@ pub enum KernelError {
         /// Elements given.
         got: usize,
     },
+    /// A dense weight or its bias has not as many elements as its shape says, or none at all.
+    #[error("{field} has {got} elements, the layer is {out_features} x {in_features}")]
+    WeightLength {
+        /// `weight` or `bias`.
+        field: &'static str,
+        /// Input features.
+        in_features: usize,
+        /// Output features.
+        out_features: usize,
+        /// Elements given.
+        got: usize,
+    },
     /// Memory could not be had.
     #[error("no memory for {elements} elements")]
     OutOfMemory {

@@ -1,5 +1,6 @@
 //! Matrix multiplication on GPTQ-packed weights, behind one trait.
 
+mod bound;
 pub mod conformance;
 pub mod cpu;
 mod dense;
@@ -10,8 +11,10 @@ mod matrix;
 pub mod reference;
 mod select;
 
-pub use dense::{DenseData, DenseWeight};
+pub use bound::ErrorBound;
+pub use dense::{DenseData, DenseType, DenseWeight};
 pub use device::{Device, Workspace};
 pub use error::{KernelError, Unsupported};
 pub use linear::{Linear, LinearKernel, LinearSpec, WeightFormat};
 pub use matrix::{MatMut, MatRef};
+pub use select::{PassedOver, Selection, select};

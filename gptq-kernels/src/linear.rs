@@ -1,6 +1,8 @@
 use gptq_format::{Bits, PackedLinear};
 
-use crate::{Device, KernelError, MatMut, MatRef, Unsupported, Workspace};
+use crate::{
+    DenseType, DenseWeight, Device, ErrorBound, KernelError, MatMut, MatRef, Unsupported, Workspace,
+};
 
 /// What a linear layer is, as far as the choice of a kernel depends on it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -19,10 +21,7 @@ pub struct LinearSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WeightFormat {
     /// One float a weight.
-    Dense {
-        /// 16 or 32.
-        bits: u32,
-    },
+    Dense(DenseType),
     /// GPTQ codes, scales and zeros.
     Gptq {
         /// Width of a code.
@@ -51,19 +50,42 @@ impl LinearSpec {
             bias: weight.bias().is_some(),
         }
     }
+
+    /// The spec of a dense layer.
+    pub fn of_dense(weight: &DenseWeight<'_>) -> Self {
+        Self {
+            in_features: weight.in_features,
+            out_features: weight.out_features,
+            weight: WeightFormat::Dense(weight.data.dtype()),
+            bias: weight.bias.is_some(),
+        }
+    }
 }
 
-/// A way to multiply by GPTQ-packed weights on a device. A value exists only where it may run: constructors probe the
+/// A way to multiply by the weights of linear layers on a device. A value exists only where it may run: constructors probe the
 /// machine and return an [`Unsupported`].
 pub trait LinearKernel<D: Device>: Send + Sync {
     /// Stable name, `device-isa-arithmetic`: `cpu-avx512-f32`.
     fn name(&self) -> &'static str;
 
-    /// Whether [`prepare`](Self::prepare) accepts such a layer.
+    /// Whether [`prepare`](Self::prepare), or for dense weights [`prepare_dense`](Self::prepare_dense), accepts such a
+    /// layer.
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported>;
 
     /// Repacks the weight into a layout of this kernel's own, which only the returned value can read.
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<D>>, KernelError>;
+
+    /// Copies a dense weight into a layout of this kernel's own, in the type it has.
+    ///
+    /// Most kernels do packed weights only; that is what the default says.
+    fn prepare_dense(&self, weight: &DenseWeight<'_>) -> Result<Box<dyn Linear<D>>, KernelError> {
+        let _ = weight;
+        Err(KernelError::Unsupported { kernel: self.name(), reason: Unsupported::WeightFormat })
+    }
+
+    /// How far a result may be from the exact product, derived from this kernel's arithmetic. The
+    /// [conformance battery](crate::conformance) holds the kernel to it.
+    fn error_bound(&self, spec: &LinearSpec) -> ErrorBound;
 }
 
 /// A linear layer that is ready to run: `y = x W^T + bias`, quantised or dense.
