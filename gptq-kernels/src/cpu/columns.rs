@@ -2,7 +2,46 @@ use std::marker::PhantomData;
 
 use rayon::current_num_threads;
 
-use crate::{MatMut, cpu::Cpu};
+use crate::{MatMut, MatRef, cpu::Cpu};
+
+/// The rows of a matrix, to read. Unlike [`MatRef`] it is covariant, so that it may point to the caller's memory or to
+/// scratch.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The rows of `matrix`.
+    pub(super) fn new(matrix: MatRef<'a, Cpu>) -> Self {
+        let (rows, cols, row_stride) = (matrix.rows(), matrix.cols(), matrix.row_stride());
+        Self { data: matrix.data(), rows, cols, row_stride }
+    }
+
+    /// Copies the columns `order` of these rows to `to`, of as many elements as this matrix.
+    pub(super) fn gather<'b>(self, order: &[u32], to: &'b mut [f32]) -> Rows<'b> {
+        for (row, to) in to.chunks_exact_mut(self.cols).enumerate() {
+            let from = self.row(row);
+            for (to, &i) in to.iter_mut().zip(order) {
+                *to = from[i as usize];
+            }
+        }
+        Rows { data: to, row_stride: self.cols, ..self }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Row `row`. Panics if there is no such row.
+    pub(super) fn row(&self, row: usize) -> &'a [f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        &self.data[row * self.row_stride..][..self.cols]
+    }
+}
 
 /// Some columns of a matrix, to write. Like a slice it can be split, so that threads write to different columns of the
 /// same rows.
@@ -24,10 +63,6 @@ impl<'a> Columns<'a> {
     pub(super) fn new(matrix: MatMut<'a, Cpu>) -> Self {
         let (rows, cols, row_stride) = (matrix.rows(), matrix.cols(), matrix.row_stride());
         Self { start: matrix.into_data().as_mut_ptr(), rows, cols, row_stride, borrow: PhantomData }
-    }
-
-    pub(super) fn rows(&self) -> usize {
-        self.rows
     }
 
     pub(super) fn cols(&self) -> usize {

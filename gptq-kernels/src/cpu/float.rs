@@ -2,7 +2,7 @@ use gptq_format::{Bits, PackedLinear};
 
 use super::{
     Cpu, check_operands,
-    columns::{Columns, for_each_range},
+    columns::{Columns, Rows, for_each_range},
     direct::DirectArgs,
     format::{Bf16, Bytes, F16, F32, Format, Narrow},
     layout::{BLOCK, Encoding, Packed, SEGMENT, TILE, TILES},
@@ -105,16 +105,8 @@ impl<S: Simd> Linear<Cpu> for FloatLinear<S> {
         check_operands(&self.spec, &x, &y)?;
         let scratch = workspace.take(self.workspace_len(x.rows()))?;
         let x = match &self.packed.order {
-            None => x,
-            Some(order) => {
-                for (row, out) in scratch.chunks_exact_mut(order.len()).enumerate() {
-                    let x = &x.data()[row * x.row_stride()..][..order.len()];
-                    for (out, &i) in out.iter_mut().zip(order) {
-                        *out = x[i as usize];
-                    }
-                }
-                MatRef::new(&*scratch, x.rows(), x.cols())?
-            }
+            None => Rows::new(x),
+            Some(order) => Rows::new(x).gather(order, scratch),
         };
         match self.packed.encoding {
             Encoding::Codes { bits: Bits::B2, zeros: false } => self.multiply::<Narrow<2, false>>(x, y),
@@ -134,7 +126,7 @@ impl<S: Simd> Linear<Cpu> for FloatLinear<S> {
 }
 
 impl<S: Simd> FloatLinear<S> {
-    fn multiply<W: Format>(&self, x: MatRef<'_, Cpu>, y: MatMut<'_, Cpu>) {
+    fn multiply<W: Format>(&self, x: Rows<'_>, y: MatMut<'_, Cpu>) {
         if x.rows() <= DIRECT_ROWS {
             for_each_range(Columns::new(y), BLOCK, 1, &|first, columns| {
                 each_block(first, columns, |block, columns| self.direct_block::<W>(block, x, columns));
@@ -149,7 +141,7 @@ impl<S: Simd> FloatLinear<S> {
         }
     }
 
-    fn direct_block<W: Format>(&self, block: usize, x: MatRef<'_, Cpu>, mut y: Columns<'_>) {
+    fn direct_block<W: Format>(&self, block: usize, x: Rows<'_>, mut y: Columns<'_>) {
         let mut row = 0;
         while row < x.rows() {
             row += match x.rows() - row {
@@ -164,14 +156,14 @@ impl<S: Simd> FloatLinear<S> {
         &self,
         block: usize,
         row: usize,
-        x: MatRef<'_, Cpu>,
+        x: Rows<'_>,
         y: &mut Columns<'_>,
     ) -> usize {
         let mut sums = [self.bias_of(block); ROWS];
         self.s.direct::<W, ROWS>(DirectArgs {
             lines: self.packed.block(block),
             segments: &self.packed.segments,
-            x: std::array::from_fn(|m| &x.data()[(row + m) * x.row_stride()..][..x.cols()]),
+            x: std::array::from_fn(|m| x.row(row + m)),
             sums: &mut sums,
         });
         for (m, sums) in sums.iter().enumerate() {
@@ -183,7 +175,7 @@ impl<S: Simd> FloatLinear<S> {
     fn panel_block<W: Format>(
         &self,
         block: usize,
-        x: MatRef<'_, Cpu>,
+        x: Rows<'_>,
         mut y: Columns<'_>,
         scratch: &mut PanelScratch,
     ) {
@@ -199,7 +191,7 @@ impl<S: Simd> FloatLinear<S> {
                 let panel = &mut scratch.panel[..segment.len];
                 let scales = &mut scratch.scales;
                 self.s.unpack::<W>(UnpackArgs { lines, panel, scales });
-                let x_of = |m: usize| &x.data()[(row + m) * x.row_stride() + segment.start..][..segment.len];
+                let x_of = |m: usize| &x.row(row + m)[segment.start..][..segment.len];
                 let mut m = 0;
                 while m < rows {
                     m += match rows - m {

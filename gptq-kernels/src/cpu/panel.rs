@@ -28,19 +28,21 @@ pub(super) fn unpack<S: Simd, W: Format>(s: S, args: UnpackArgs<'_>) {
     for (t, out) in out.iter_mut().enumerate() {
         s.store(scales::<S, W>(s, head, t), out);
     }
-    for (row, features) in words.iter().zip(panel.chunks_mut(W::PER_WORD)) {
+    // Whole words first: their count of features is a constant, so that the loop over them can be unrolled.
+    let mut whole = panel.chunks_exact_mut(W::PER_WORD);
+    for (features, row) in whole.by_ref().zip(words) {
         let w: [S::U; TILES] = std::array::from_fn(|t| s.load_words(&row[t]));
-        if features.len() == W::PER_WORD {
-            for (slot, feature) in features.iter_mut().enumerate() {
-                for t in 0..TILES {
-                    s.store(W::weights(s, w[t], slot, grid[t]), &mut feature[t]);
-                }
+        for slot in 0..W::PER_WORD {
+            for t in 0..TILES {
+                s.store(W::weights(s, w[t], slot, grid[t]), &mut features[slot][t]);
             }
-        } else {
-            for (slot, feature) in features.iter_mut().enumerate() {
-                for t in 0..TILES {
-                    s.store(W::weights(s, w[t], slot, grid[t]), &mut feature[t]);
-                }
+        }
+    }
+    let ragged = whole.into_remainder();
+    if let Some(row) = words.last() {
+        for (slot, feature) in ragged.iter_mut().enumerate() {
+            for (t, out) in feature.iter_mut().enumerate() {
+                s.store(W::weights(s, s.load_words(&row[t]), slot, grid[t]), out);
             }
         }
     }
