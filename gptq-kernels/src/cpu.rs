@@ -9,6 +9,8 @@ mod panel;
 mod portable;
 mod simd;
 
+pub mod ops;
+
 use std::ops::Range;
 
 use crate::{Device, KernelError, LinearKernel, LinearSpec, MatMut, MatRef, reference::ReferenceKernel};

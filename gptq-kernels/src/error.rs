@@ -123,4 +123,14 @@ pub enum KernelError {
         /// Elements of the destination.
         dst: usize,
     },
+    /// An index or extent is out of range.
+    #[error("{what} {got}: must be below {limit}")]
+    Argument {
+        /// What the number is.
+        what: &'static str,
+        /// The number.
+        got: usize,
+        /// The first number that is too large.
+        limit: usize,
+    },
 }

@@ -1,5 +1,6 @@
 //! Matrix multiplication on GPTQ-packed weights, behind one trait.
 
+mod backend;
 mod bound;
 pub mod conformance;
 pub mod cpu;
@@ -11,6 +12,7 @@ mod matrix;
 pub mod reference;
 mod select;
 
+pub use backend::{AttentionShape, Backend, KvShape, SequencePlan, StepPlan};
 pub use bound::ErrorBound;
 pub use dense::{DenseData, DenseType, DenseWeight};
 pub use device::{Device, Workspace};

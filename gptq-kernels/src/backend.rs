@@ -1,0 +1,189 @@
+use std::ops::Range;
+
+use crate::{DenseWeight, Device, KernelError, LinearKernel, MatMut, MatRef, Workspace};
+
+/// A device that can run a whole decoder: what a Llama needs besides quantised linear layers.
+///
+/// The contract is made so that one decoding step can be recorded once and replayed, as a CUDA graph is: everything
+/// that changes from step to step (tokens, positions, lengths, page tables) lives in a [`Backend::Step`] that
+/// [`set_step`](Self::set_step) refills; the operations only read it. Operations are queued in order and need not
+/// finish before they return; [`argmax`](Self::argmax) and [`Device::download`] wait.
+///
+/// Row invariance holds for every operation, as for [`Linear`](crate::Linear): what is computed for a row of a sequence depends on
+/// that sequence alone, to the bit, whatever else is in the batch and however the prompt was cut into steps.
+pub trait Backend: Device + Sized {
+    /// An embedding matrix on the device.
+    type Embedding: Send + Sync;
+    /// Cosines and sines of rotary position embeddings.
+    type Rope: Send + Sync;
+    /// Keys and values of every layer, in pages.
+    type KvStore: Send + Sync;
+    /// Tokens, lengths and page tables of one step.
+    type Step: Send + Sync;
+
+    /// Tokens in one page of the key-value store.
+    const PAGE_LEN: usize;
+
+    /// Kernels for linear layers, quantised and dense, that run on this machine, the preferred one first.
+    fn kernels(&self) -> Vec<Box<dyn LinearKernel<Self>>>;
+
+    /// Prepares an embedding matrix: `out_features` rows (the vocabulary) of `in_features` columns. The bias is not
+    /// used.
+    fn embedding(&self, weight: &DenseWeight<'_>) -> Result<Self::Embedding, KernelError>;
+
+    /// Prepares rotary tables, both `(positions, head_dim / 2)` row-major.
+    ///
+    /// Errors: [`KernelError::CopyLength`] if the lengths differ or do not divide.
+    fn rope(&self, cos: &[f32], sin: &[f32], head_dim: usize) -> Result<Self::Rope, KernelError>;
+
+    /// An empty key-value store.
+    fn kv_store(&self, shape: KvShape) -> Result<Self::KvStore, KernelError>;
+
+    /// Grows the store to `pages` pages and keeps its content. A store never shrinks.
+    fn grow_kv(&self, store: &mut Self::KvStore, pages: usize) -> Result<(), KernelError>;
+
+    /// An empty step.
+    fn new_step(&self) -> Result<Self::Step, KernelError>;
+
+    /// Refills a step.
+    ///
+    /// Errors: [`KernelError::Argument`] if the sequences do not cover the tokens one after the other, if pages are
+    /// too few, or if two sequences would write the same page.
+    fn set_step(&self, step: &mut Self::Step, plan: &StepPlan<'_>) -> Result<(), KernelError>;
+
+    /// `y[r] = table[tokens[r]]`.
+    fn embed(
+        &self,
+        table: &Self::Embedding,
+        step: &Self::Step,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError>;
+
+    /// `y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight`.
+    fn rms_norm(
+        &self,
+        x: MatRef<'_, Self>,
+        weight: Self::Slice<'_>,
+        eps: f32,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError>;
+
+    /// `residual += delta`, then `y = rms_norm(residual)`: the two steps between blocks of a decoder, in one pass.
+    fn add_rms_norm(
+        &self,
+        residual: MatMut<'_, Self>,
+        delta: MatRef<'_, Self>,
+        weight: Self::Slice<'_>,
+        eps: f32,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError>;
+
+    /// `y += x`.
+    fn add(&self, x: MatRef<'_, Self>, y: MatMut<'_, Self>) -> Result<(), KernelError>;
+
+    /// Rotates queries and keys of `qkv` in place and writes the keys and values to `layer` of the store.
+    ///
+    /// `qkv` is `(rows, (heads + 2 * kv_heads) * head_dim)`: queries, keys, values. The rotation pairs feature `i` of a
+    /// head with feature `i + head_dim / 2`.
+    fn rope_append(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        step: &Self::Step,
+        rope: &Self::Rope,
+        qkv: MatMut<'_, Self>,
+        store: &mut Self::KvStore,
+    ) -> Result<(), KernelError>;
+
+    /// Elements of scratch that [`attention`](Self::attention) needs for `rows` rows.
+    fn attention_workspace_len(&self, rows: usize, shape: AttentionShape) -> usize;
+
+    /// Causal attention of every row over its own sequence: `y (rows, heads * head_dim)` from the queries in `qkv` and
+    /// the keys and values in `layer` of the store, which [`rope_append`](Self::rope_append) has filled.
+    #[allow(clippy::too_many_arguments)]
+    fn attention(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        step: &Self::Step,
+        store: &Self::KvStore,
+        qkv: MatRef<'_, Self>,
+        y: MatMut<'_, Self>,
+        workspace: &mut Workspace<Self>,
+    ) -> Result<(), KernelError>;
+
+    /// `y[r, i] = silu(x[r, i]) * x[r, width + i]` with `silu(g) = g / (1 + exp(-g))`: `x` is `(rows, 2 * width)`, gate
+    /// and up side by side, `y` is `(rows, width)`.
+    fn silu_mul(&self, x: MatRef<'_, Self>, y: MatMut<'_, Self>) -> Result<(), KernelError>;
+
+    /// `y[i] = x[rows[i]]` for the output rows of the step.
+    fn gather_outputs(
+        &self,
+        step: &Self::Step,
+        x: MatRef<'_, Self>,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError>;
+
+    /// Index of the largest element of each row, the first of equals; `None` where the row holds a NaN. Waits.
+    fn argmax(&self, x: MatRef<'_, Self>, out: &mut [Option<u32>]) -> Result<(), KernelError>;
+}
+
+/// Shape of a key-value store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Key-value heads a layer.
+    pub kv_heads: usize,
+    /// Features a head.
+    pub head_dim: usize,
+    /// Pages of [`Backend::PAGE_LEN`] tokens to begin with.
+    pub pages: usize,
+}
+
+/// Shape and extent of one attention layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Query heads, a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Key-value heads.
+    pub kv_heads: usize,
+    /// Features a head, even.
+    pub head_dim: usize,
+    /// A token sees itself and at most `window - 1` tokens before it; `None` for all of them.
+    pub window: Option<usize>,
+}
+
+impl AttentionShape {
+    /// Columns of `qkv`: `(heads + 2 * kv_heads) * head_dim`.
+    pub fn qkv_features(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Columns of the attention's output: `heads * head_dim`.
+    pub fn out_features(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}
+
+/// One forward step: some new tokens for each of some sequences.
+#[derive(Clone, Copy, Debug)]
+pub struct StepPlan<'a> {
+    /// New tokens of all sequences, one after the other: the rows of the step.
+    pub tokens: &'a [u32],
+    /// The sequences, in the order of their rows.
+    pub sequences: &'a [SequencePlan<'a>],
+    /// Rows whose logits are wanted.
+    pub outputs: &'a [u32],
+}
+
+/// What one sequence does in a step.
+#[derive(Clone, Debug)]
+pub struct SequencePlan<'a> {
+    /// Its rows.
+    pub rows: Range<usize>,
+    /// Tokens that the store already holds: the position of the first new one.
+    pub past: usize,
+    /// Its pages, in order of position; they have room for `past + rows.len()` tokens.
+    pub pages: &'a [u32],
+}

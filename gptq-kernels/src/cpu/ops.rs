@@ -1,0 +1,232 @@
+//! The operations of a decoder on the CPU.
+
+mod attention;
+mod embedding;
+mod isa;
+mod kv;
+mod math;
+mod rope;
+mod step;
+
+pub use embedding::CpuEmbedding;
+pub use kv::CpuKvStore;
+pub use rope::CpuRope;
+pub use step::CpuStep;
+
+use rayon::prelude::*;
+
+use super::Cpu;
+use crate::{
+    AttentionShape, Backend, DenseWeight, KernelError, KvShape, LinearKernel, MatMut, MatRef, StepPlan,
+    Workspace,
+};
+
+/// Elements below which a row operation stays on the calling thread: waking another costs some microseconds.
+const PARALLEL_ELEMENTS: usize = 1 << 16;
+
+/// Fails unless a matrix is `rows x cols`.
+fn expect_shape(
+    argument: &'static str,
+    (got_rows, got_cols): (usize, usize),
+    (rows, cols): (usize, usize),
+) -> Result<(), KernelError> {
+    if (got_rows, got_cols) == (rows, cols) {
+        return Ok(());
+    }
+    Err(KernelError::Shape { argument, rows, cols, got_rows, got_cols })
+}
+
+/// Runs `f(row, columns of y)` for each row, in parallel if there is enough to do.
+fn for_each_row(mut y: MatMut<'_, Cpu>, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let (rows, cols, stride) = (y.rows(), y.cols(), y.row_stride().max(1));
+    let run = |(r, row): (usize, &mut [f32])| f(r, &mut row[..cols]);
+    if rows * cols < PARALLEL_ELEMENTS {
+        y.data().chunks_mut(stride).take(rows).enumerate().for_each(run);
+    } else {
+        y.data().par_chunks_mut(stride).take(rows).with_min_len(4).enumerate().for_each(run);
+    }
+}
+
+/// Row `r` of `x`.
+fn row<'a>(x: &MatRef<'a, Cpu>, r: usize) -> &'a [f32] {
+    &x.data()[r * x.row_stride()..][..x.cols()]
+}
+
+impl Backend for Cpu {
+    type Embedding = CpuEmbedding;
+    type Rope = CpuRope;
+    type KvStore = CpuKvStore;
+    type Step = CpuStep;
+
+    const PAGE_LEN: usize = step::PAGE_LEN;
+
+    fn kernels(&self) -> Vec<Box<dyn LinearKernel<Self>>> {
+        super::kernels()
+    }
+
+    fn embedding(&self, weight: &DenseWeight<'_>) -> Result<CpuEmbedding, KernelError> {
+        CpuEmbedding::new(weight)
+    }
+
+    fn rope(&self, cos: &[f32], sin: &[f32], head_dim: usize) -> Result<CpuRope, KernelError> {
+        CpuRope::new(cos, sin, head_dim)
+    }
+
+    fn kv_store(&self, shape: KvShape) -> Result<CpuKvStore, KernelError> {
+        CpuKvStore::new(shape)
+    }
+
+    fn grow_kv(&self, store: &mut CpuKvStore, pages: usize) -> Result<(), KernelError> {
+        store.grow(pages)
+    }
+
+    fn new_step(&self) -> Result<CpuStep, KernelError> {
+        Ok(CpuStep::default())
+    }
+
+    fn set_step(&self, step: &mut CpuStep, plan: &StepPlan<'_>) -> Result<(), KernelError> {
+        step.fill(plan)
+    }
+
+    fn embed(
+        &self,
+        table: &CpuEmbedding,
+        step: &CpuStep,
+        mut y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        expect_shape("y", (y.rows(), y.cols()), (step.rows(), table.hidden()))?;
+        let stride = y.row_stride();
+        table.gather(step, y.data(), stride)
+    }
+
+    fn rms_norm(
+        &self,
+        x: MatRef<'_, Self>,
+        weight: &[f32],
+        eps: f32,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        expect_shape("weight", (1, weight.len()), (1, x.cols()))?;
+        expect_shape("y", (y.rows(), y.cols()), (x.rows(), x.cols()))?;
+        for_each_row(y, |r, y| math::rms_norm(row(&x, r), weight, eps, y));
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &self,
+        mut residual: MatMut<'_, Self>,
+        delta: MatRef<'_, Self>,
+        weight: &[f32],
+        eps: f32,
+        mut y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        let shape = (delta.rows(), delta.cols());
+        expect_shape("weight", (1, weight.len()), (1, shape.1))?;
+        expect_shape("residual", (residual.rows(), residual.cols()), shape)?;
+        expect_shape("y", (y.rows(), y.cols()), shape)?;
+        let (rows, cols) = shape;
+        let (x_stride, y_stride) = (residual.row_stride().max(1), y.row_stride().max(1));
+        let run = |(r, (x, y)): (usize, (&mut [f32], &mut [f32]))| {
+            math::add_rms_norm(&mut x[..cols], row(&delta, r), weight, eps, &mut y[..cols]);
+        };
+        let (x, y) = (residual.data(), y.data());
+        if rows * cols < PARALLEL_ELEMENTS {
+            x.chunks_mut(x_stride).zip(y.chunks_mut(y_stride)).take(rows).enumerate().for_each(run);
+        } else {
+            let x = x.par_chunks_mut(x_stride);
+            let y = y.par_chunks_mut(y_stride);
+            x.zip(y).take(rows).with_min_len(4).enumerate().for_each(run);
+        }
+        Ok(())
+    }
+
+    fn add(&self, x: MatRef<'_, Self>, y: MatMut<'_, Self>) -> Result<(), KernelError> {
+        expect_shape("y", (y.rows(), y.cols()), (x.rows(), x.cols()))?;
+        for_each_row(y, |r, y| math::add(row(&x, r), y));
+        Ok(())
+    }
+
+    fn rope_append(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        step: &CpuStep,
+        rope: &CpuRope,
+        mut qkv: MatMut<'_, Self>,
+        store: &mut CpuKvStore,
+    ) -> Result<(), KernelError> {
+        expect_shape("qkv", (qkv.rows(), qkv.cols()), (step.rows(), shape.qkv_features()))?;
+        rope.check(shape, step)?;
+        store.check(layer, shape, step)?;
+        let stride = qkv.row_stride();
+        rope.rotate(shape, step, qkv.data(), stride);
+        store.append(layer, shape, step, qkv.data(), stride);
+        Ok(())
+    }
+
+    fn attention_workspace_len(&self, rows: usize, shape: AttentionShape) -> usize {
+        rows * shape.out_features()
+    }
+
+    fn attention(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        step: &CpuStep,
+        store: &CpuKvStore,
+        qkv: MatRef<'_, Self>,
+        mut y: MatMut<'_, Self>,
+        workspace: &mut Workspace<Self>,
+    ) -> Result<(), KernelError> {
+        let rows = step.rows();
+        expect_shape("qkv", (qkv.rows(), qkv.cols()), (rows, shape.qkv_features()))?;
+        expect_shape("y", (y.rows(), y.cols()), (rows, shape.out_features()))?;
+        store.check(layer, shape, step)?;
+        let tiled = workspace.take(self.attention_workspace_len(rows, shape))?;
+        attention::attention(layer, shape, step, store, qkv.data(), qkv.row_stride(), tiled);
+        let stride = y.row_stride();
+        attention::untile(shape, step, tiled, y.data(), stride);
+        Ok(())
+    }
+
+    fn silu_mul(&self, x: MatRef<'_, Self>, y: MatMut<'_, Self>) -> Result<(), KernelError> {
+        let width = y.cols();
+        expect_shape("x", (x.rows(), x.cols()), (y.rows(), 2 * width))?;
+        for_each_row(y, |r, y| {
+            let (gate, up) = row(&x, r).split_at(width);
+            math::silu_mul(gate, up, y);
+        });
+        Ok(())
+    }
+
+    fn gather_outputs(
+        &self,
+        step: &CpuStep,
+        x: MatRef<'_, Self>,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        expect_shape("x", (x.rows(), x.cols()), (step.rows(), y.cols()))?;
+        expect_shape("y", (y.rows(), y.cols()), (step.outputs.len(), x.cols()))?;
+        for_each_row(y, |i, y| y.copy_from_slice(row(&x, step.outputs[i] as usize)));
+        Ok(())
+    }
+
+    fn argmax(&self, x: MatRef<'_, Self>, out: &mut [Option<u32>]) -> Result<(), KernelError> {
+        expect_shape("out", (out.len(), x.cols()), (x.rows(), x.cols()))?;
+        for (r, out) in out.iter_mut().enumerate() {
+            let mut best = None;
+            for (i, &v) in row(&x, r).iter().enumerate() {
+                match best {
+                    _ if v.is_nan() => {
+                        best = None;
+                        break;
+                    }
+                    Some((_, max)) if v <= max => {}
+                    _ => best = Some((i as u32, v)),
+                }
+            }
+            *out = best.map(|(i, _)| i);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,146 @@
+use crate::{KernelError, StepPlan};
+
+/// Rows of one tile of attention. Eight query rows share each pass over a page of keys, even without grouped heads.
+pub(super) const TILE_ROWS: usize = 8;
+
+/// Tokens of one page. One page of keys of one head, transposed, is read with 64 keys side by side.
+pub(super) const PAGE_LEN: usize = 64;
+
+/// Tokens, positions and page tables of one step on the CPU.
+#[derive(Clone, Debug, Default)]
+pub struct CpuStep {
+    pub(super) tokens: Vec<u32>,
+    /// Position of each row in its sequence.
+    pub(super) positions: Vec<u32>,
+    pub(super) outputs: Vec<u32>,
+    /// Consecutive rows of one sequence, at most [`TILE_ROWS`], in order of rows.
+    pub(super) tiles: Vec<Tile>,
+    /// Pages of all sequences.
+    pub(super) pages: Vec<u32>,
+    /// What is written where, sorted by page.
+    pub(super) writes: Vec<PageWrite>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tile {
+    pub(super) row: usize,
+    pub(super) rows: usize,
+    /// Position of the first row.
+    pub(super) position: usize,
+    /// Where the sequence's pages begin in [`CpuStep::pages`].
+    pub(super) first_page: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PageWrite {
+    pub(super) page: usize,
+    /// First slot of the page to write.
+    pub(super) slot: usize,
+    pub(super) row: usize,
+    pub(super) rows: usize,
+}
+
+impl CpuStep {
+    pub(super) fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub(super) fn fill(&mut self, plan: &StepPlan<'_>) -> Result<(), KernelError> {
+        let rows = plan.tokens.len();
+        let argument = |what, got, limit| Err(KernelError::Argument { what, got, limit });
+        if let Some(&row) = plan.outputs.iter().find(|&&row| row as usize >= rows) {
+            return argument("output row", row as usize, rows);
+        }
+        self.positions.clear();
+        self.tiles.clear();
+        self.pages.clear();
+        self.writes.clear();
+        for sequence in plan.sequences {
+            let row = self.positions.len();
+            let end = sequence.rows.end;
+            if sequence.rows.start != row || end < row || end > rows {
+                return argument("first row of a sequence", sequence.rows.start, row + 1);
+            }
+            let len = sequence.past + (end - row);
+            if len > sequence.pages.len() * PAGE_LEN {
+                return argument("position", len, sequence.pages.len() * PAGE_LEN + 1);
+            }
+            let first_page = self.pages.len();
+            self.pages.extend_from_slice(sequence.pages);
+            self.positions.extend((sequence.past..len).map(|position| position as u32));
+            self.tiles.extend((row..end).step_by(TILE_ROWS).map(|start| Tile {
+                row: start,
+                rows: TILE_ROWS.min(end - start),
+                position: sequence.past + (start - row),
+                first_page,
+            }));
+            let mut position = sequence.past;
+            while position < len {
+                let slot = position % PAGE_LEN;
+                let count = (PAGE_LEN - slot).min(len - position);
+                self.writes.push(PageWrite {
+                    page: sequence.pages[position / PAGE_LEN] as usize,
+                    slot,
+                    row: row + (position - sequence.past),
+                    rows: count,
+                });
+                position += count;
+            }
+        }
+        if self.positions.len() != rows {
+            return argument("rows covered by sequences", self.positions.len(), rows);
+        }
+        self.writes.sort_unstable_by_key(|write| write.page);
+        if let Some(pair) = self.writes.windows(2).find(|pair| pair[0].page == pair[1].page) {
+            return argument("page written by two sequences", pair[0].page, 0);
+        }
+        self.tokens.clear();
+        self.tokens.extend_from_slice(plan.tokens);
+        self.outputs.clear();
+        self.outputs.extend_from_slice(plan.outputs);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SequencePlan;
+
+    fn fill(plan: &StepPlan<'_>) -> Result<CpuStep, KernelError> {
+        let mut step = CpuStep::default();
+        step.fill(plan).map(|()| step)
+    }
+
+    #[test]
+    fn positions_and_writes_cross_a_page() {
+        let tokens = [7; 12];
+        let sequences = [
+            SequencePlan { rows: 0..10, past: 60, pages: &[5, 2] },
+            SequencePlan { rows: 10..12, past: 0, pages: &[0] },
+        ];
+        let step = fill(&StepPlan { tokens: &tokens, sequences: &sequences, outputs: &[9, 11] }).unwrap();
+        assert_eq!(step.positions, [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 0, 1]);
+        let writes: Vec<_> = step.writes.iter().map(|w| (w.page, w.slot, w.row, w.rows)).collect();
+        assert_eq!(writes, [(0, 0, 10, 2), (2, 0, 4, 6), (5, 60, 0, 4)]);
+        let tiles: Vec<_> = step.tiles.iter().map(|t| (t.row, t.rows, t.position)).collect();
+        assert_eq!(tiles, [(0, 8, 60), (8, 2, 68), (10, 2, 0)]);
+    }
+
+    #[test]
+    fn bad_plans_are_refused() {
+        let tokens = [1, 2, 3];
+        let ok = SequencePlan { rows: 0..3, past: 0, pages: &[0] };
+        let bad: [(&[SequencePlan<'_>], &[u32]); 5] = [
+            (std::slice::from_ref(&ok), &[3]),
+            (&[SequencePlan { rows: 0..2, ..ok.clone() }], &[]),
+            (&[SequencePlan { rows: 1..3, ..ok.clone() }], &[]),
+            (&[SequencePlan { past: 62, ..ok.clone() }], &[]),
+            (&[SequencePlan { rows: 0..1, ..ok.clone() }, SequencePlan { rows: 1..3, ..ok.clone() }], &[]),
+        ];
+        for (sequences, outputs) in bad {
+            let plan = StepPlan { tokens: &tokens, sequences, outputs };
+            assert!(matches!(fill(&plan), Err(KernelError::Argument { .. })), "{plan:?}");
+        }
+    }
+}
