@@ -1,1 +1,23 @@
-//! The GPTQ algorithm.
+//! The GPTQ algorithm: matrices in, integer codes out.
+#![forbid(unsafe_code)]
+
+mod config;
+mod damping;
+mod error;
+mod factorize;
+mod grid;
+mod hessian;
+mod order;
+mod panel;
+mod quantized;
+mod report;
+mod solver;
+mod upper;
+
+pub use config::{GptqConfig, GptqConfigBuilder, OnFailure};
+pub use error::{ConfigError, GptqError, NotPositiveDefinite};
+pub use factorize::{BlockedCholesky, Factorize};
+pub use hessian::{Hessian, HessianAccumulator, SampleUnit};
+pub use quantized::QuantizedWeight;
+pub use report::{DampReport, LayerReport, Method, PhaseTimes};
+pub use solver::{Gptq, PreparedHessian, rtn};

@@ -1,0 +1,94 @@
+//! The one operation of linear algebra that GPTQ needs: from H the upper triangular U with `H^-1 = U^T U`.
+
+use ndarray::Array2;
+
+use crate::error::NotPositiveDefinite;
+
+/// Computes the Cholesky factor of a matrix's inverse.
+pub trait Factorize: Send + Sync {
+    /// The upper triangular U with positive diagonal and `damped^-1 = U^T U`; elements below the diagonal are 0.
+    ///
+    /// `damped` is square, symmetric and finite.
+    ///
+    /// # Errors
+    /// If `damped` is not positive definite in float64 arithmetic.
+    fn inverse_cholesky(&self, damped: Array2<f64>) -> Result<Array2<f64>, NotPositiveDefinite>;
+}
+
+/// Pure Rust, blocked and in place.
+///
+/// With `J` the matrix that reverses the order of rows, `J H J = L L^T` gives `H = R R^T` with `R = J L J` upper
+/// triangular, so `U = R^-1 = J L^-1 J`: one factorisation and one triangular inverse, `2 n^3 / 3` operations, where
+/// factorising H, inverting it and factorising the inverse takes twice as many.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BlockedCholesky;
+
+impl Factorize for BlockedCholesky {
+    fn inverse_cholesky(&self, damped: Array2<f64>) -> Result<Array2<f64>, NotPositiveDefinite> {
+        let n = damped.nrows();
+        let mut matrix = damped.as_standard_layout().into_owned().into_raw_vec_and_offset().0;
+        matrix.reverse();
+        for i in 0..n {
+            let (done, row) = matrix.split_at_mut(i * n);
+            let row = &mut row[..n];
+            for j in 0..i {
+                let above = &done[j * n..][..j + 1];
+                let dot: f64 = row[..j].iter().zip(above).map(|(a, b)| a * b).sum();
+                row[j] = (row[j] - dot) / above[j];
+            }
+            let pivot = row[i] - row[..i].iter().map(|a| a * a).sum::<f64>();
+            if pivot <= 0.0 || !pivot.is_finite() {
+                return Err(NotPositiveDefinite { index: n - 1 - i, pivot });
+            }
+            row[i] = pivot.sqrt();
+            row[i + 1..].fill(0.0);
+        }
+        for i in 0..n {
+            let (done, row) = matrix.split_at_mut(i * n);
+            let row = &mut row[..n];
+            let diagonal = row[i];
+            let mut inverse = vec![0.0; i + 1];
+            for (k, &l) in row[..i].iter().enumerate() {
+                for (sum, &x) in inverse.iter_mut().zip(&done[k * n..][..k + 1]) {
+                    *sum -= l * x;
+                }
+            }
+            inverse[i] = 1.0;
+            for (x, sum) in row.iter_mut().zip(inverse) {
+                *x = sum / diagonal;
+            }
+        }
+        matrix.reverse();
+        Ok(Array2::from_shape_vec((n, n), matrix).expect("invariant: n * n elements came in"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_factor_reproduces_the_inverse() {
+        for n in [1, 2, 3, 11, 12, 13, 64, 65, 200, 300] {
+            let mut h = Array2::from_shape_fn((n, n), |(i, j)| 1.0 / (1.0 + i.abs_diff(j) as f64));
+            h.diag_mut().iter_mut().enumerate().for_each(|(i, d)| *d += (i % 7) as f64);
+            let u = BlockedCholesky.inverse_cholesky(h.clone()).expect("positive definite");
+            for ((i, j), &x) in u.indexed_iter() {
+                assert!(if i > j { x == 0.0 } else { i < j || x > 0.0 }, "U[{i}, {j}] = {x}");
+            }
+            // U^T U H = 1; the condition number is below 100, so a few hundred roundings stay far below 1e-11.
+            let product = u.t().dot(&u).dot(&h);
+            let worst =
+                (&product - &Array2::<f64>::eye(n)).iter().fold(0.0f64, |worst, x| worst.max(x.abs()));
+            assert!(worst < 1e-11, "n = {n}: {worst:e}");
+        }
+    }
+
+    #[test]
+    fn an_indefinite_matrix_names_its_pivot() {
+        let mut h = Array2::<f64>::eye(200);
+        h[[150, 150]] = -3.0;
+        let error = BlockedCholesky.inverse_cholesky(h).expect_err("indefinite");
+        assert_eq!(error, NotPositiveDefinite { index: 150, pivot: -3.0 });
+    }
+}
