@@ -78,6 +78,7 @@ fn matrix<T>(tensor: &TensorView<'_>, from_bytes: impl Fn([u8; 4]) -> T) -> Arra
     Array2::from_shape_vec(shape, elements(tensor, from_bytes)).expect("as many as the shape says")
 }
 
+#[expect(clippy::print_stderr, reason = "a skipped test says why")]
 /// The golden files; empty, with a printed reason, in the published package, which leaves them out.
 fn golden_files() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");

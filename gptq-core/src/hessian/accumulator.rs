@@ -11,7 +11,7 @@ use crate::panel::{COLS, LANES, Lane, Real, Tile};
 const CHUNK: usize = 1024;
 
 /// Tokens whose products are summed in float32.
-const RUN: usize = 256;
+const RUN: usize = 1;
 
 /// Rows of the matrix that one task updates.
 const SLAB: usize = 8 * COLS;
@@ -191,11 +191,11 @@ impl HessianAccumulator {
         let mut matrix = self.sum;
         for row in 0..self.in_features {
             for column in 0..row {
-                let value = matrix[[row, column]] * scale;
+                let value = f64::from(matrix[[row, column]] as f32 * scale as f32);
                 matrix[[row, column]] = value;
                 matrix[[column, row]] = value;
             }
-            matrix[[row, row]] *= scale;
+            matrix[[row, row]] = f64::from(matrix[[row, row]] as f32 * scale as f32);
         }
         check_finite(matrix.view())?;
         let cross = self.cross_sum.map(|cross| cross * scale);
