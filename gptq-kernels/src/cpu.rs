@@ -1,10 +1,16 @@
 //! The CPU as a device, and its kernels.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod columns;
 mod direct;
 mod float;
 mod format;
 mod layout;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod panel;
 mod portable;
 mod simd;
@@ -13,15 +19,62 @@ pub mod ops;
 
 use std::ops::Range;
 
-use crate::{Device, KernelError, LinearKernel, LinearSpec, MatMut, MatRef, reference::ReferenceKernel};
+use crate::{
+    Device, KernelError, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, reference::ReferenceKernel,
+};
+#[cfg(target_arch = "x86_64")]
+use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+use avx512::Avx512;
 use float::FloatKernel;
+#[cfg(target_arch = "aarch64")]
+use neon::Neon;
 use portable::Portable;
+use simd::Simd;
 
 /// The kernels that this machine can run, fastest first, and last the float64 reference.
 ///
-/// A kernel whose instructions the CPU lacks is not in the list; a `tracing` event of level debug says so.
+/// A kernel whose instructions the CPU lacks is not in the list; a `tracing` event of level debug says so, and
+/// [`unavailable`] tells why.
 pub fn kernels() -> Vec<Box<dyn LinearKernel<Cpu>>> {
-    vec![Box::new(FloatKernel(Portable)), Box::new(ReferenceKernel)]
+    let (kernels, missing) = probe();
+    for (kernel, reason) in missing {
+        tracing::debug!(kernel, %reason, "not available on this machine");
+    }
+    kernels
+}
+
+/// The kernels of this architecture that this machine cannot run, and why.
+pub fn unavailable() -> Vec<(&'static str, Unsupported)> {
+    probe().1
+}
+
+type Kernels = Vec<Box<dyn LinearKernel<Cpu>>>;
+
+fn probe() -> (Kernels, Vec<(&'static str, Unsupported)>) {
+    let mut kernels: Kernels = Vec::new();
+    let mut missing = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        add(Avx512::new(), &mut kernels, &mut missing);
+        add(Avx2::new(), &mut kernels, &mut missing);
+    }
+    #[cfg(target_arch = "aarch64")]
+    add(Neon::new(), &mut kernels, &mut missing);
+    add(Ok(Portable), &mut kernels, &mut missing);
+    kernels.push(Box::new(ReferenceKernel));
+    (kernels, missing)
+}
+
+fn add<S: Simd>(
+    probed: Result<S, Unsupported>,
+    kernels: &mut Kernels,
+    missing: &mut Vec<(&'static str, Unsupported)>,
+) {
+    match probed {
+        Ok(s) => kernels.push(Box::new(FloatKernel(s))),
+        Err(reason) => missing.push((S::NAME, reason)),
+    }
 }
 
 /// Checks `x` and `y` against the layer.

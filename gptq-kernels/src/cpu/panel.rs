@@ -32,9 +32,9 @@ pub(super) fn unpack<S: Simd, W: Format>(s: S, args: UnpackArgs<'_>) {
     let mut whole = panel.chunks_exact_mut(W::PER_WORD);
     for (features, row) in whole.by_ref().zip(words) {
         let w: [S::U; TILES] = std::array::from_fn(|t| s.load_words(&row[t]));
-        for slot in 0..W::PER_WORD {
+        for (slot, feature) in features.iter_mut().enumerate().take(W::PER_WORD) {
             for t in 0..TILES {
-                s.store(W::weights(s, w[t], slot, grid[t]), &mut features[slot][t]);
+                s.store(W::weights(s, w[t], slot, grid[t]), &mut feature[t]);
             }
         }
     }
