@@ -74,6 +74,10 @@ impl Simd for Avx2 {
         from_fn(|i| avx2!(_mm256_loadu_si256(from.0.as_ptr().add(8 * i).cast())))
     }
     #[inline(always)]
+    fn prefetch(self, line: *const Line) {
+        avx2!(_mm_prefetch::<_MM_HINT_T0>(line.cast()));
+    }
+    #[inline(always)]
     fn splat_word(self, value: u32) -> [__m256i; 2] {
         [avx2!(_mm256_set1_epi32(value as i32)); 2]
     }

@@ -73,6 +73,10 @@ impl Simd for Avx512 {
         avx512!(_mm512_loadu_si512(from.0.as_ptr().cast()))
     }
     #[inline(always)]
+    fn prefetch(self, line: *const Line) {
+        avx512!(_mm_prefetch::<_MM_HINT_T0>(line.cast()));
+    }
+    #[inline(always)]
     fn splat_word(self, value: u32) -> __m512i {
         avx512!(_mm512_set1_epi32(value as i32))
     }

@@ -14,6 +14,9 @@ pub(super) struct DirectArgs<'a, const ROWS: usize> {
     pub(super) sums: &'a mut [[[f32; TILE]; TILES]; ROWS],
 }
 
+/// How many lines ahead of its use a word is asked for: 4 KiB. Hardware prefetchers stop at the end of each 4 KiB page.
+const AHEAD: usize = 64;
+
 /// Scales of tile `tile`, or ones.
 #[inline(always)]
 pub(super) fn scales<S: Simd, W: Format>(s: S, head: &[Line], tile: usize) -> S::F {
@@ -55,6 +58,9 @@ pub(super) fn run<S: Simd, W: Format, const ROWS: usize, const NT: usize>(s: S, 
             let mut partial = [[s.splat(0.0); NT]; ROWS];
             let (whole, ragged) = words.split_at(segment.len / W::PER_WORD);
             for (r, row) in whole.iter().enumerate() {
+                for t in first..first + NT {
+                    s.prefetch(row.as_ptr().wrapping_add(AHEAD + t));
+                }
                 let w: [S::U; NT] = std::array::from_fn(|t| s.load_words(&row[first + t]));
                 let x: [&[f32]; ROWS] = x.map(|row| &row[r * W::PER_WORD..][..W::PER_WORD]);
                 for slot in 0..W::PER_WORD {

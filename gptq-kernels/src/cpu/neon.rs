@@ -72,6 +72,8 @@ impl Simd for Neon {
         from_fn(|i| neon!(vld1q_u32(from.0.as_ptr().add(4 * i))))
     }
     #[inline(always)]
+    fn prefetch(self, _: *const Line) {}
+    #[inline(always)]
     fn splat_word(self, value: u32) -> [uint32x4_t; 4] {
         [neon!(vdupq_n_u32(value)); 4]
     }

@@ -50,6 +50,8 @@ impl Simd for Portable {
         from.0
     }
     #[inline(always)]
+    fn prefetch(self, _: *const Line) {}
+    #[inline(always)]
     fn splat_word(self, value: u32) -> [u32; 16] {
         [value; 16]
     }

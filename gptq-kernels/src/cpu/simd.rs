@@ -32,6 +32,8 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
 
     fn load_words(self, from: &Line) -> Self::U;
+    /// Asks for a line that will be needed soon; any address will do.
+    fn prefetch(self, line: *const Line);
     fn splat_word(self, value: u32) -> Self::U;
     fn shift_right(self, words: Self::U, by: u32) -> Self::U;
     fn shift_left(self, words: Self::U, by: u32) -> Self::U;
