@@ -1,0 +1,160 @@
+use std::path::PathBuf;
+
+use gptq_kernels::KernelError;
+
+use crate::config::ConfigError;
+
+/// What can go wrong in loading, quantising or running a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LlamaError {
+    /// `config.json` cannot be used.
+    #[error("{}: {source}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: ConfigError,
+    },
+    /// The checkpoint cannot be read or written.
+    #[error(transparent)]
+    Format(#[from] gptq_format::FormatError),
+    /// Settings that no checkpoint can hold.
+    #[error("quantize_config.json: {source}")]
+    QuantizeConfig {
+        /// Why not.
+        source: gptq_format::ConfigError,
+    },
+    /// Codes do not make a packed layer.
+    #[error("{tensor}: {source}")]
+    Pack {
+        /// The layer.
+        tensor: String,
+        /// Why not.
+        source: gptq_format::PackError,
+    },
+    /// A kernel refused a layer.
+    #[error("{tensor}: {source}")]
+    Layer {
+        /// The layer.
+        tensor: String,
+        /// Why.
+        source: KernelError,
+    },
+    /// No kernel computes a layer in float32.
+    #[error("{tensor}: no kernel computes it in float32")]
+    NoFloat32Kernel {
+        /// The layer.
+        tensor: String,
+    },
+    /// A device operation failed.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A layer could not be quantised.
+    #[error("{module}: {source}")]
+    Quantize {
+        /// The layer.
+        module: String,
+        /// Why not.
+        source: gptq_core::GptqError,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("{tensor} has shape {got:?}, the configuration needs {expected:?}")]
+    TensorShape {
+        /// The tensor.
+        tensor: String,
+        /// Shape by the configuration.
+        expected: Vec<usize>,
+        /// Shape in the file.
+        got: Vec<usize>,
+    },
+    /// A tensor that the configuration asks for is not in the checkpoint.
+    #[error("{tensor} is missing")]
+    MissingTensor {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor holds something else than floats.
+    #[error("{tensor} has dtype {dtype}, which is no weight's")]
+    TensorType {
+        /// The tensor.
+        tensor: String,
+        /// Its type.
+        dtype: String,
+    },
+    /// The model to be quantised is quantised.
+    #[error("{tensor} is quantised already")]
+    AlreadyQuantized {
+        /// The layer.
+        tensor: String,
+    },
+    /// A token is not in the vocabulary.
+    #[error("token {token} at position {index}: the vocabulary has {vocab_size} entries")]
+    Token {
+        /// The token.
+        token: u32,
+        /// Where it is among the tokens given.
+        index: usize,
+        /// Entries of the vocabulary.
+        vocab_size: usize,
+    },
+    /// More tokens than the cache was made for.
+    #[error("{needed} tokens in a sequence, the cache was made for {limit}")]
+    ContextLength {
+        /// Tokens in the sequence after this step.
+        needed: usize,
+        /// Tokens that the cache can hold.
+        limit: usize,
+    },
+    /// A sequence that is not in this cache.
+    #[error("sequence {index} is not in this cache")]
+    UnknownSequence {
+        /// Its number.
+        index: usize,
+    },
+    /// A sequence stands twice in one step.
+    #[error("sequence {index} stands twice in one step")]
+    RepeatedSequence {
+        /// Its number.
+        index: usize,
+    },
+    /// No tokens where some are needed.
+    #[error("{what} has no tokens")]
+    NoTokens {
+        /// What is empty.
+        what: &'static str,
+    },
+    /// A row too short to predict anything.
+    #[error("row {row} has {tokens} tokens, a prediction needs two")]
+    ShortRow {
+        /// Which row.
+        row: usize,
+        /// Its length.
+        tokens: usize,
+    },
+    /// The model computed NaN or infinity.
+    #[error("the logits of position {position} are not finite")]
+    NonFiniteLogits {
+        /// The position in its sequence.
+        position: usize,
+    },
+    /// A sampling parameter out of range.
+    #[error("{name} is {value}: {expected}")]
+    Sampling {
+        /// The parameter.
+        name: &'static str,
+        /// Its value.
+        value: f64,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// A finished layer was not expected.
+    #[error("{tensor} is not among the layers of the model that is written")]
+    UnknownLayer {
+        /// The layer.
+        tensor: String,
+    },
+    /// Somebody cancelled the run.
+    #[error("cancelled")]
+    Cancelled,
+}

@@ -1,0 +1,142 @@
+use std::path::Path;
+
+use gptq_format::Checkpoint;
+use gptq_kernels::{AttentionShape, Backend, KernelError};
+
+use super::{DecoderLayer, Llama};
+use crate::{
+    Layer, LlamaConfig, LlamaError, Precision, WeightSource,
+    names::{self, Module},
+    projections::Preparation,
+    weights::{LinearName, LinearWeight, read_linear, read_tensor},
+};
+
+/// How a model is made ready to run.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct LoadOptions {
+    /// Name of the kernel of quantised layers; the preferred one of the device if `None`.
+    pub kernel: Option<String>,
+    /// How exact the arithmetic has to be.
+    pub precision: Precision,
+}
+
+impl LoadOptions {
+    /// Sets [`kernel`](Self::kernel).
+    #[must_use]
+    pub fn with_kernel(mut self, kernel: Option<String>) -> Self {
+        self.kernel = kernel;
+        self
+    }
+
+    /// Sets [`precision`](Self::precision).
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+}
+
+impl<D: Backend> Llama<D> {
+    /// Loads a Hugging Face folder: `config.json` and the weights, quantised or not.
+    ///
+    /// Errors: [`LlamaError::Config`], [`LlamaError::Format`] for files that cannot be read, and what
+    /// [`from_source`](Self::from_source) says.
+    pub fn load(dir: &Path, device: D, options: &LoadOptions) -> Result<Self, LlamaError> {
+        let config = LlamaConfig::read(dir)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        Self::from_source(config, &checkpoint, device, options)
+    }
+
+    /// Makes a model of weights from anywhere.
+    ///
+    /// Errors: [`LlamaError::MissingTensor`], [`LlamaError::TensorShape`], [`LlamaError::Layer`] if no kernel takes a
+    /// layer.
+    pub fn from_source(
+        config: LlamaConfig,
+        source: &dyn WeightSource,
+        device: D,
+        options: &LoadOptions,
+    ) -> Result<Self, LlamaError> {
+        let span = tracing::info_span!("load", layers = config.layers);
+        let _guard = span.enter();
+        let kernels = device.kernels();
+        let prepare = Preparation {
+            kernels: &kernels,
+            kernel: options.kernel.as_deref(),
+            precision: options.precision,
+        };
+        let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = read_tensor(source, names::EMBEDDING, &[vocabulary, hidden])?;
+        let name = LinearName {
+            module: names::LM_HEAD.to_owned(),
+            in_features: hidden,
+            out_features: vocabulary,
+            bias: false,
+        };
+        let lm_head = if config.tie_word_embeddings && source.packed(names::LM_HEAD)?.is_none() {
+            let shared = LinearWeight::Dense { tensor: embedding.clone(), bias: None };
+            prepare.linear(&name, &shared)?
+        } else {
+            prepare.linear(&name, &read_linear(source, &name)?)?
+        };
+        let layers = (0..config.layers)
+            .map(|layer| load_layer(&config, source, &device, &prepare, layer))
+            .collect::<Result<_, _>>()?;
+        let norm = load_norm(&device, source, names::FINAL_NORM, hidden)?;
+        let embedding = device.embedding(&embedding.as_dense(None))?;
+        Ok(Self { device, config, embedding, layers, norm, lm_head })
+    }
+}
+
+fn load_layer<D: Backend>(
+    config: &LlamaConfig,
+    source: &dyn WeightSource,
+    device: &D,
+    prepare: &Preparation<'_, D>,
+    layer: usize,
+) -> Result<DecoderLayer<D>, LlamaError> {
+    let read = |module: Module| {
+        let name = Layer { layer, module }.linear(config);
+        let weight = read_linear(source, &name)?;
+        Ok::<_, LlamaError>((name, weight))
+    };
+    let alone = |module| read(module).and_then(|(name, weight)| prepare.linear(&name, &weight));
+    let norm = |name| {
+        load_norm(device, source, &format!("{}{name}", names::layer_prefix(layer)), config.hidden_size)
+    };
+    Ok(DecoderLayer {
+        attention: attention_shape(config, layer),
+        input_norm: norm(names::INPUT_NORM)?,
+        qkv: prepare.projections(&[read(Module::Q)?, read(Module::K)?, read(Module::V)?])?,
+        o: alone(Module::O)?,
+        post_norm: norm(names::POST_NORM)?,
+        gate_up: prepare.projections(&[read(Module::Gate)?, read(Module::Up)?])?,
+        down: alone(Module::Down)?,
+    })
+}
+
+pub(crate) fn attention_shape(config: &LlamaConfig, layer: usize) -> AttentionShape {
+    AttentionShape {
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        window: config.window(layer),
+    }
+}
+
+pub(crate) fn load_norm<D: Backend>(
+    device: &D,
+    source: &dyn WeightSource,
+    name: &str,
+    features: usize,
+) -> Result<D::Buffer, LlamaError> {
+    let weight = read_tensor(source, name, &[features])?.to_f32();
+    Ok(upload(device, &weight)?)
+}
+
+pub(crate) fn upload<D: Backend>(device: &D, data: &[f32]) -> Result<D::Buffer, KernelError> {
+    let mut buffer = device.alloc(data.len())?;
+    device.upload(data, D::slice_mut(&mut buffer, 0..data.len()))?;
+    Ok(buffer)
+}

@@ -1,0 +1,127 @@
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::{LlamaError, Module};
+
+/// A flag that stops a long run from another thread. Clones share the flag.
+#[derive(Clone, Debug, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// Asks the run to stop; it does so before the next row of calibration or the next layer.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was asked to.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn check(&self) -> Result<(), LlamaError> {
+        if self.is_cancelled() { Err(LlamaError::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// What a quantisation is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum QuantizePhase {
+    /// Running calibration rows up to the inputs of the modules named.
+    Calibrating,
+    /// Factorising their Hessian and choosing codes.
+    Solving,
+    /// The module is quantised.
+    Quantized,
+    /// Running the rows through the rest of the quantised layer.
+    Advancing,
+}
+
+/// Where a quantisation stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// Decoder layer.
+    pub layer: usize,
+    /// Decoder layers in all.
+    pub layers: usize,
+    /// Modules at work: those that share an input, or one.
+    pub modules: &'a [Module],
+    /// What is being done.
+    pub phase: QuantizePhase,
+    /// Loss of the module, once it is quantised by GPTQ.
+    pub loss: Option<f64>,
+    /// Share of the whole run that is done.
+    pub fraction: f64,
+    /// Time since the start.
+    pub elapsed: Duration,
+    /// Time left, if the rest goes like what is done; `None` at the start.
+    pub eta: Option<Duration>,
+}
+
+/// How a caller watches and stops a run.
+pub struct Watch<'a> {
+    callback: Box<dyn FnMut(&Progress<'_>) + 'a>,
+    cancel: CancelToken,
+}
+
+impl Default for Watch<'_> {
+    /// Nobody watches.
+    fn default() -> Self {
+        Self { callback: Box::new(|_| {}), cancel: CancelToken::default() }
+    }
+}
+
+impl<'a> Watch<'a> {
+    /// Calls `callback` after each calibration row and each module.
+    #[must_use]
+    pub fn on_progress(self, callback: impl FnMut(&Progress<'_>) + 'a) -> Self {
+        Self { callback: Box::new(callback), ..self }
+    }
+
+    /// Stops when `cancel` is set, with [`LlamaError::Cancelled`].
+    #[must_use]
+    pub fn with_cancel(self, cancel: CancelToken) -> Self {
+        Self { cancel, ..self }
+    }
+}
+
+/// Counts work and tells the watcher.
+pub(crate) struct Reporter<'w, 'a> {
+    watch: &'w mut Watch<'a>,
+    start: Instant,
+    layers: usize,
+    /// Parts of equal weight that a layer's work is counted in.
+    parts: usize,
+}
+
+impl<'w, 'a> Reporter<'w, 'a> {
+    pub(crate) fn new(watch: &'w mut Watch<'a>, layers: usize, parts: usize) -> Self {
+        Self { watch, start: Instant::now(), layers, parts }
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Tells that `done` parts of `layer` are done; fails if the run was cancelled.
+    pub(crate) fn tell(
+        &mut self,
+        (layer, done): (usize, f64),
+        modules: &[Module],
+        phase: QuantizePhase,
+        loss: Option<f64>,
+    ) -> Result<(), LlamaError> {
+        self.watch.cancel.check()?;
+        let fraction = ((layer as f64 + done / self.parts as f64) / self.layers as f64).min(1.0);
+        let elapsed = self.start.elapsed();
+        let eta = (fraction > 0.0).then(|| elapsed.mul_f64((1.0 - fraction) / fraction));
+        let layers = self.layers;
+        (self.watch.callback)(&Progress { layer, layers, modules, phase, loss, fraction, elapsed, eta });
+        self.watch.cancel.check()
+    }
+}

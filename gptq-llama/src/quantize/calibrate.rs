@@ -1,0 +1,262 @@
+use gptq_kernels::{Backend, KernelError, KvShape, MatMut, MatRef, SequencePlan, StepPlan, Workspace};
+use ndarray::Array2;
+
+use super::layer::{Decoder, Stage};
+use crate::{LlamaConfig, LlamaError, TokenRows, WeightSource, names, weights::read_tensor};
+
+/// Takes calibration rows through a decoder layer, stage by stage.
+pub(super) struct Calibration<'a, D: Backend> {
+    device: &'a D,
+    config: &'a LlamaConfig,
+    source: &'a dyn WeightSource,
+    rows: &'a TokenRows,
+    /// Whether the inputs of the down projection are kept until the layer is finished; otherwise they are computed
+    /// again.
+    keep_inner: bool,
+    rope: D::Rope,
+    /// One sequence of one layer; every row overwrites the one before.
+    store: D::KvStore,
+    pages: Vec<u32>,
+    step: D::Step,
+    norm: D::Buffer,
+    qkv: D::Buffer,
+    gate_up: D::Buffer,
+    delta: D::Buffer,
+    workspace: Workspace<D>,
+}
+
+/// The residual stream of all rows, and what a stage has computed for the next one.
+pub(super) struct Stream<D: Backend> {
+    hidden: Vec<D::Buffer>,
+    kept: Vec<Option<D::Buffer>>,
+}
+
+fn mat<D: Backend>(buffer: &D::Buffer, rows: usize, cols: usize) -> Result<MatRef<'_, D>, KernelError> {
+    MatRef::new(D::slice(buffer, 0..rows * cols), rows, cols)
+}
+
+fn mat_mut<D: Backend>(
+    buffer: &mut D::Buffer,
+    rows: usize,
+    cols: usize,
+) -> Result<MatMut<'_, D>, KernelError> {
+    MatMut::new(D::slice_mut(buffer, 0..rows * cols), rows, cols)
+}
+
+impl<'a, D: Backend> Calibration<'a, D> {
+    pub(super) fn new(
+        device: &'a D,
+        config: &'a LlamaConfig,
+        source: &'a dyn WeightSource,
+        rows: &'a TokenRows,
+        activation_bytes: usize,
+    ) -> Result<Self, LlamaError> {
+        let longest = rows.longest();
+        let (cos, sin) = config.rope.table(config.head_dim, longest);
+        let pages = longest.div_ceil(D::PAGE_LEN);
+        let shape = KvShape { layers: 1, kv_heads: config.kv_heads, head_dim: config.head_dim, pages };
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let alloc = |features: usize| device.alloc(longest * features);
+        Ok(Self {
+            device,
+            config,
+            source,
+            rows,
+            keep_inner: rows.tokens().saturating_mul(inner).saturating_mul(4) <= activation_bytes,
+            rope: device.rope(&cos, &sin, config.head_dim)?,
+            store: device.kv_store(shape)?,
+            pages: (0..pages as u32).collect(),
+            step: device.new_step()?,
+            norm: alloc(hidden)?,
+            qkv: alloc(config.q_features() + 2 * config.kv_features())?,
+            gate_up: alloc(2 * inner)?,
+            delta: alloc(hidden)?,
+            workspace: Workspace::new(device, 0)?,
+        })
+    }
+
+    pub(super) fn device(&self) -> &'a D {
+        self.device
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows.rows().len()
+    }
+
+    fn set_step(&mut self, row: usize) -> Result<usize, KernelError> {
+        let tokens = &self.rows.rows()[row];
+        let sequence = SequencePlan { rows: 0..tokens.len(), past: 0, pages: &self.pages };
+        let plan = StepPlan { tokens, sequences: &[sequence], outputs: &[] };
+        self.device.set_step(&mut self.step, &plan)?;
+        Ok(tokens.len())
+    }
+
+    /// The streams at the entry of the first layer.
+    pub(super) fn embed(&mut self) -> Result<Stream<D>, LlamaError> {
+        let (vocabulary, hidden) = (self.config.vocab_size, self.config.hidden_size);
+        let table = read_tensor(self.source, names::EMBEDDING, &[vocabulary, hidden])?;
+        let table = self.device.embedding(&table.as_dense(None))?;
+        let mut stream = Stream { hidden: Vec::with_capacity(self.rows()), kept: Vec::new() };
+        for row in 0..self.rows() {
+            let tokens = self.set_step(row)?;
+            let mut buffer = self.device.alloc(tokens * hidden)?;
+            self.device.embed(&table, &self.step, mat_mut(&mut buffer, tokens, hidden)?)?;
+            stream.hidden.push(buffer);
+        }
+        stream.kept.resize_with(self.rows(), || None);
+        Ok(stream)
+    }
+
+    /// A second stream with the same content.
+    pub(super) fn copy(&self, stream: &Stream<D>) -> Result<Stream<D>, LlamaError> {
+        let hidden = self.config.hidden_size;
+        let copies = stream.hidden.iter().zip(self.rows.rows()).map(|(buffer, tokens)| {
+            // Adding to zeros copies exactly; a device need not have another way.
+            let mut copy = self.device.alloc(tokens.len() * hidden)?;
+            let tokens = tokens.len();
+            self.device.add(mat(buffer, tokens, hidden)?, mat_mut(&mut copy, tokens, hidden)?)?;
+            Ok(copy)
+        });
+        let hidden = copies.collect::<Result<_, KernelError>>()?;
+        Ok(Stream { hidden, kept: stream.kept.iter().map(|_| None).collect() })
+    }
+
+    /// Takes a row to the entry of `stage` and returns that stage's inputs, `(tokens, in_features)`.
+    pub(super) fn inputs(
+        &mut self,
+        stage: Stage,
+        decoder: &Decoder<D>,
+        stream: &mut Stream<D>,
+        row: usize,
+    ) -> Result<Array2<f32>, LlamaError> {
+        self.advance(stage, decoder, stream, row)?;
+        let tokens = self.rows.rows()[row].len();
+        let (buffer, features) = match stage {
+            Stage::Qkv | Stage::GateUp => (&self.norm, self.config.hidden_size),
+            Stage::O => (stream.kept(row), self.config.q_features()),
+            Stage::Down => (stream.kept(row), self.config.intermediate_size),
+        };
+        let mut inputs = Array2::zeros((tokens, features));
+        let flat = inputs.as_slice_mut().expect("invariant: a new array is contiguous");
+        self.device.download(D::slice(buffer, 0..tokens * features), flat)?;
+        if stage == Stage::Down && !self.keep_inner {
+            stream.kept[row] = None;
+        }
+        Ok(inputs)
+    }
+
+    /// Takes a row to the entry of `stage`; it stands at the entry of the stage before.
+    pub(super) fn advance(
+        &mut self,
+        stage: Stage,
+        decoder: &Decoder<D>,
+        stream: &mut Stream<D>,
+        row: usize,
+    ) -> Result<(), LlamaError> {
+        match stage {
+            Stage::Qkv => self.norm(&decoder.input_norm, stream, row),
+            Stage::O => self.attend(decoder, stream, row),
+            Stage::GateUp => {
+                let attention = stream.take_kept(row);
+                self.project(Stage::O, decoder, stream, row, &attention)?;
+                self.norm(&decoder.post_norm, stream, row)
+            }
+            Stage::Down => self.activate(decoder, stream, row),
+        }
+    }
+
+    /// Takes a row from the entry of the down projection to the next layer.
+    pub(super) fn finish(
+        &mut self,
+        decoder: &Decoder<D>,
+        stream: &mut Stream<D>,
+        row: usize,
+    ) -> Result<(), LlamaError> {
+        if stream.kept[row].is_none() {
+            self.activate(decoder, stream, row)?;
+        }
+        let inner = stream.take_kept(row);
+        self.project(Stage::Down, decoder, stream, row, &inner)
+    }
+
+    /// `self.norm = norm(hidden)`
+    fn norm(&mut self, weight: &D::Buffer, stream: &Stream<D>, row: usize) -> Result<(), LlamaError> {
+        let (tokens, hidden) = (self.rows.rows()[row].len(), self.config.hidden_size);
+        let weight = D::slice(weight, 0..hidden);
+        let x = mat(&stream.hidden[row], tokens, hidden)?;
+        let y = mat_mut(&mut self.norm, tokens, hidden)?;
+        Ok(self.device.rms_norm(x, weight, self.config.rms_norm_eps, y)?)
+    }
+
+    /// `kept = attention(q, k, v of norm(hidden))`
+    fn attend(&mut self, decoder: &Decoder<D>, stream: &mut Stream<D>, row: usize) -> Result<(), LlamaError> {
+        self.norm(&decoder.input_norm, stream, row)?;
+        let tokens = self.set_step(row)?;
+        self.run(Stage::Qkv, decoder, tokens)?;
+        let (shape, device) = (decoder.attention, self.device);
+        let features = shape.qkv_features();
+        let qkv = mat_mut(&mut self.qkv, tokens, features)?;
+        device.rope_append(0, shape, &self.step, &self.rope, qkv, &mut self.store)?;
+        let mut out = device.alloc(tokens * shape.out_features())?;
+        self.workspace.reserve(device, device.attention_workspace_len(tokens, shape))?;
+        let qkv = mat(&self.qkv, tokens, features)?;
+        let y = mat_mut(&mut out, tokens, shape.out_features())?;
+        device.attention(0, shape, &self.step, &self.store, qkv, y, &mut self.workspace)?;
+        stream.kept[row] = Some(out);
+        Ok(())
+    }
+
+    /// `kept = silu(gate) * up of norm(hidden)`
+    fn activate(
+        &mut self,
+        decoder: &Decoder<D>,
+        stream: &mut Stream<D>,
+        row: usize,
+    ) -> Result<(), LlamaError> {
+        self.norm(&decoder.post_norm, stream, row)?;
+        let (tokens, inner) = (self.rows.rows()[row].len(), self.config.intermediate_size);
+        self.run(Stage::GateUp, decoder, tokens)?;
+        let x = mat(&self.gate_up, tokens, 2 * inner)?;
+        let mut out = self.device.alloc(tokens * inner)?;
+        self.device.silu_mul(x, mat_mut(&mut out, tokens, inner)?)?;
+        stream.kept[row] = Some(out);
+        Ok(())
+    }
+
+    /// Runs the projections that read `self.norm`.
+    fn run(&mut self, stage: Stage, decoder: &Decoder<D>, tokens: usize) -> Result<(), LlamaError> {
+        let projections = decoder.stage(stage);
+        let y = if stage == Stage::Qkv { &mut self.qkv } else { &mut self.gate_up };
+        self.workspace.reserve(self.device, projections.workspace_len(tokens))?;
+        let x = mat(&self.norm, tokens, self.config.hidden_size)?;
+        Ok(projections.forward(x, y, &mut self.workspace)?)
+    }
+
+    /// `hidden += stage(x)` for the o or down projection.
+    fn project(
+        &mut self,
+        stage: Stage,
+        decoder: &Decoder<D>,
+        stream: &mut Stream<D>,
+        row: usize,
+        x: &D::Buffer,
+    ) -> Result<(), LlamaError> {
+        let (tokens, hidden) = (self.rows.rows()[row].len(), self.config.hidden_size);
+        let projections = decoder.stage(stage);
+        self.workspace.reserve(self.device, projections.workspace_len(tokens))?;
+        let x = mat(x, tokens, stage.modules()[0].shape(self.config).0)?;
+        projections.forward(x, &mut self.delta, &mut self.workspace)?;
+        let delta = mat(&self.delta, tokens, hidden)?;
+        Ok(self.device.add(delta, mat_mut(&mut stream.hidden[row], tokens, hidden)?)?)
+    }
+}
+
+impl<D: Backend> Stream<D> {
+    fn kept(&self, row: usize) -> &D::Buffer {
+        self.kept[row].as_ref().expect("invariant: the stage before has computed it")
+    }
+
+    fn take_kept(&mut self, row: usize) -> D::Buffer {
+        self.kept[row].take().expect("invariant: the stage before has computed it")
+    }
+}

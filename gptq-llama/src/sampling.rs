@@ -1,0 +1,228 @@
+use std::num::NonZeroUsize;
+
+use crate::{LlamaError, Rng};
+
+/// How the next token is drawn from the logits.
+///
+/// The steps, in this order: `repetition_penalty` on every token of the prompt and the text so far (a positive logit is
+/// divided by it, a negative one multiplied: Keskar et al. 2019, eq. 2); division by `temperature`; the `top_k` most
+/// likely tokens; the fewest most likely tokens whose probability reaches `top_p` (Holtzman et al. 2019); tokens at
+/// least `min_p` times as likely as the likeliest (Nguyen et al. 2024); one draw. Equally likely tokens are ranked by
+/// their number, the lower first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the likeliest token.
+    pub temperature: f32,
+    /// Number of tokens to draw from.
+    pub top_k: Option<NonZeroUsize>,
+    /// Probability to draw from, in `(0, 1]`.
+    pub top_p: f32,
+    /// Least probability relative to the likeliest token's, in `[0, 1]`.
+    pub min_p: f32,
+    /// 1 for none; above 1 against repetition.
+    pub repetition_penalty: f32,
+}
+
+impl Default for Sampling {
+    /// Greedy.
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: None, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
+}
+
+impl Sampling {
+    /// Whether the likeliest token is taken as the logits stand.
+    pub fn is_argmax(&self) -> bool {
+        self.temperature == 0.0 && self.repetition_penalty == 1.0
+    }
+
+    /// Errors: [`LlamaError::Sampling`] for a parameter out of range.
+    pub fn validate(&self) -> Result<(), LlamaError> {
+        let checks = [
+            ("temperature", self.temperature, "must be 0 or more", self.temperature >= 0.0),
+            ("top_p", self.top_p, "must be in (0, 1]", self.top_p > 0.0 && self.top_p <= 1.0),
+            ("min_p", self.min_p, "must be in [0, 1]", (0.0..=1.0).contains(&self.min_p)),
+            ("repetition_penalty", self.repetition_penalty, "must be above 0", self.repetition_penalty > 0.0),
+        ];
+        for (name, value, expected, ok) in checks {
+            if !(ok && value.is_finite()) {
+                return Err(LlamaError::Sampling { name, value: f64::from(value), expected });
+            }
+        }
+        Ok(())
+    }
+
+    /// Draws a token. `history` is the prompt and the text so far; `logits` are changed.
+    ///
+    /// Errors: [`LlamaError::NonFiniteLogits`].
+    pub fn draw(&self, logits: &mut [f32], history: &[u32], rng: &mut Rng) -> Result<u32, LlamaError> {
+        if logits.iter().any(|logit| logit.is_nan() || *logit == f32::INFINITY) {
+            return Err(LlamaError::NonFiniteLogits { position: history.len().saturating_sub(1) });
+        }
+        self.penalise(logits, history);
+        let best = argmax(logits);
+        if self.temperature == 0.0 {
+            return Ok(best);
+        }
+        let max = f64::from(logits[best as usize]);
+        let scale = 1.0 / f64::from(self.temperature);
+        // Relative to the likeliest token, so that the largest weight is 1.
+        let mut weights: Vec<(f64, u32)> = logits
+            .iter()
+            .zip(0u32..)
+            .map(|(&logit, token)| (((f64::from(logit) - max) * scale).exp(), token))
+            .collect();
+        let ranked = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+        if let Some(k) = self.top_k
+            && k.get() < weights.len()
+        {
+            weights.select_nth_unstable_by(k.get() - 1, ranked);
+            weights.truncate(k.get());
+        }
+        // The mass that top_p refers to is that before min_p; what min_p removes ranks last, so it can go first.
+        let total: f64 = weights.iter().map(|(weight, _)| weight).sum();
+        let top_p = f64::from(self.top_p);
+        // All tokens below this together weigh less than what top_p leaves out.
+        let negligible = total * (1.0 - top_p) / weights.len() as f64;
+        let least = f64::from(self.min_p).max(negligible * 0.999);
+        weights.retain(|(weight, _)| *weight >= least);
+        weights.sort_unstable_by(ranked);
+        if top_p < 1.0 {
+            let mut mass = 0.0;
+            let reached = weights.iter().position(|(weight, _)| {
+                mass += weight;
+                mass >= top_p * total
+            });
+            weights.truncate(reached.map_or(weights.len(), |last| last + 1));
+        }
+        let mass: f64 = weights.iter().map(|(weight, _)| weight).sum();
+        let mut left = rng.next_f64() * mass;
+        for &(weight, token) in &weights {
+            left -= weight;
+            if left < 0.0 {
+                return Ok(token);
+            }
+        }
+        // Rounding may leave a remainder of some ulp after the last token.
+        Ok(weights.last().map_or(best, |&(_, token)| token))
+    }
+
+    fn penalise(&self, logits: &mut [f32], history: &[u32]) {
+        if self.repetition_penalty == 1.0 {
+            return;
+        }
+        let mut seen = history.to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for token in seen {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit = match *logit {
+                    positive if positive > 0.0 => positive / self.repetition_penalty,
+                    other => other * self.repetition_penalty,
+                };
+            }
+        }
+    }
+}
+
+/// The first of the largest.
+fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, &logit) in logits.iter().enumerate() {
+        if logit > logits[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 5] = [0.0, 2.0, 1.0, 2.0, -1.0];
+
+    fn shares(sampling: &Sampling, history: &[u32]) -> [f64; 5] {
+        let mut rng = Rng::new(7);
+        let mut counts = [0.0; 5];
+        let n = 20_000;
+        for _ in 0..n {
+            let token = sampling.draw(&mut LOGITS.clone(), history, &mut rng).unwrap();
+            counts[token as usize] += 1.0 / f64::from(n);
+        }
+        counts
+    }
+
+    /// Shares of n draws stay within five standard deviations, at most 5 * sqrt(0.25 / n).
+    fn assert_shares(sampling: &Sampling, history: &[u32], weights: [f64; 5]) {
+        let total: f64 = weights.iter().sum();
+        for (got, want) in shares(sampling, history).into_iter().zip(weights) {
+            assert!(
+                (got - want / total).abs() <= 5.0 * (0.25f64 / 20_000.0).sqrt(),
+                "{sampling:?}: {got} {want}"
+            );
+            assert_eq!(want == 0.0, got == 0.0);
+        }
+    }
+
+    #[test]
+    fn temperature_scales_logits() {
+        let e = std::f64::consts::E;
+        let warm = Sampling { temperature: 1.0, ..Sampling::default() };
+        assert_shares(&warm, &[], [1.0, e * e, e, e * e, 1.0 / e]);
+        let hot = Sampling { temperature: 2.0, ..Sampling::default() };
+        assert_shares(&hot, &[], [1.0, e, e.sqrt(), e, (-0.5f64).exp()]);
+    }
+
+    #[test]
+    fn filters_keep_the_likeliest() {
+        let e = std::f64::consts::E;
+        let warm = Sampling { temperature: 1.0, ..Sampling::default() };
+        let k = |k| Sampling { top_k: NonZeroUsize::new(k), ..warm.clone() };
+        assert_shares(&k(1), &[], [0.0, 1.0, 0.0, 0.0, 0.0]);
+        assert_shares(&k(3), &[], [0.0, e, 1.0, e, 0.0]);
+        assert_shares(&k(99), &[], [1.0, e * e, e, e * e, 1.0 / e]);
+        let p = |top_p| Sampling { top_p, ..warm.clone() };
+        // Shares: 0.39, 0.39, 0.14, 0.05, 0.02.
+        assert_shares(&p(0.3), &[], [0.0, 1.0, 0.0, 0.0, 0.0]);
+        assert_shares(&p(0.7), &[], [0.0, 1.0, 0.0, 1.0, 0.0]);
+        assert_shares(&p(0.9), &[], [0.0, e, 1.0, e, 0.0]);
+        let m = |min_p| Sampling { min_p, ..warm.clone() };
+        assert_shares(&m(1.0), &[], [0.0, 1.0, 0.0, 1.0, 0.0]);
+        assert_shares(&m(0.3), &[], [0.0, e, 1.0, e, 0.0]);
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_equals() {
+        let mut rng = Rng::new(0);
+        assert_eq!(Sampling::default().draw(&mut LOGITS.clone(), &[], &mut rng).unwrap(), 1);
+        let wary = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
+        assert_eq!(wary.draw(&mut LOGITS.clone(), &[1, 1, 4], &mut rng).unwrap(), 3);
+        let mut logits = LOGITS;
+        wary.penalise(&mut logits, &[1, 1, 4, 99]);
+        assert_eq!(logits, [0.0, 1.0, 1.0, 2.0, -2.0]);
+    }
+
+    #[test]
+    fn bad_parameters_and_logits() {
+        let base = Sampling::default();
+        let bad = [
+            Sampling { temperature: -1.0, ..base.clone() },
+            Sampling { temperature: f32::NAN, ..base.clone() },
+            Sampling { top_p: 0.0, ..base.clone() },
+            Sampling { top_p: 1.1, ..base.clone() },
+            Sampling { min_p: -0.1, ..base.clone() },
+            Sampling { repetition_penalty: 0.0, ..base.clone() },
+            Sampling { repetition_penalty: f32::INFINITY, ..base.clone() },
+        ];
+        for sampling in bad {
+            assert!(matches!(sampling.validate(), Err(LlamaError::Sampling { .. })), "{sampling:?}");
+        }
+        base.validate().unwrap();
+        let mut rng = Rng::new(0);
+        for logit in [f32::NAN, f32::INFINITY] {
+            let error = base.draw(&mut [0.0, logit], &[5, 6], &mut rng).unwrap_err();
+            assert!(matches!(error, LlamaError::NonFiniteLogits { position: 1 }));
+        }
+    }
+}
