@@ -1,2 +1,161 @@
-//! Stub.
-fn main() {}
+//! Quantises a model folder.
+#![allow(clippy::print_stdout, reason = "a command line program")]
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, ValueEnum};
+use gptq_core::GptqConfig;
+use gptq_examples::{
+    data::RowSource,
+    failure::{Failure, run},
+    progress,
+};
+use gptq_format::Checkpoint;
+use gptq_kernels::cpu::Cpu;
+use gptq_llama::{
+    LlamaConfig, ModelWriter, QuantizeMethod, QuantizeOptions, Watch, quantize, round_to_nearest,
+};
+
+/// Quantises the linear layers of a Llama, Mistral or Qwen2 and writes a GPTQ checkpoint.
+///
+/// Without options: 4 bits, groups of 128, symmetric, columns in natural order, no grid search, damping 0.01, layers
+/// calibrated behind their quantised predecessors, calibration rows as they stand.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Model folder: config.json and safetensors in float32, float16 or bfloat16
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Folder to write; an existing checkpoint in it is replaced once the new one is complete
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Calibration rows: .jsonl with a key `text` on each line, .txt (one long text), or .safetensors with token ids in a
+    /// tensor `calibration`. Not needed for --method rtn
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// Bits of a code: 2, 3, 4 or 8
+    #[arg(long, default_value_t = 4, value_name = "B")]
+    bits: u32,
+    /// Input features that share a scale, a multiple of 8; -1 for all
+    #[arg(long, default_value_t = 128, allow_negative_numbers = true, value_name = "G")]
+    group_size: i64,
+    /// Quantise columns in the order of their activations; groups then follow that order
+    #[arg(long)]
+    desc_act: bool,
+    /// Fix the scales of all groups before the first column
+    #[arg(long)]
+    static_groups: bool,
+    /// Order columns within groups, and the groups, by activations; costs nothing at inference
+    #[arg(long)]
+    act_group_aware: bool,
+    /// Zero points chosen by group, instead of the middle of the range
+    #[arg(long)]
+    asym: bool,
+    /// Search scales that minimise the sum of |error|^P; 2.4 is usual
+    #[arg(long, value_name = "P")]
+    mse: Option<f32>,
+    /// Correct for the error of preceding layers (GPTAQ) with strength A; 0.25 is usual
+    #[arg(long, value_name = "A")]
+    gptaq: Option<f32>,
+    /// Share of the Hessian's mean diagonal added to its diagonal
+    #[arg(long, default_value_t = 0.01, value_name = "D")]
+    damp: f64,
+    /// Calibration rows to use [default: all]
+    #[arg(long, value_name = "N")]
+    rows: Option<usize>,
+    /// Tokens a calibration row [default: ids as they stand; texts by the model's context, at most 2048]
+    #[arg(long, value_name = "N")]
+    seq_len: Option<usize>,
+    /// gptq, or rtn: round to nearest, the baseline
+    #[arg(long, value_enum, default_value_t = Method::Gptq)]
+    method: Method,
+    /// A set of options chosen by measurement, in place of those above but --bits and --group-size
+    #[arg(long, value_enum, conflicts_with_all = ["desc_act", "static_groups", "act_group_aware", "asym", "mse", "gptaq", "damp"])]
+    recipe: Option<Recipe>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Method {
+    Gptq,
+    Rtn,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Recipe {
+    /// The lowest perplexity that this quantiser reaches, at no cost at inference
+    Best,
+}
+
+fn main() -> ExitCode {
+    run(|args: Args| write_quantized(&args))
+}
+
+fn options(args: &Args) -> Result<QuantizeOptions, Failure> {
+    let group_size = match args.group_size {
+        -1 => None,
+        size => {
+            Some(usize::try_from(size).map_err(|_| format!("--group-size {size}: must be positive, or -1"))?)
+        }
+    };
+    let builder = GptqConfig::builder().bits(args.bits).group_size(group_size);
+    let gptq = match args.recipe {
+        Some(Recipe::Best) => return Ok(QuantizeOptions::best(args.bits, group_size)?),
+        None => builder
+            .sym(!args.asym)
+            .desc_act(args.desc_act)
+            .static_groups(args.static_groups)
+            .act_group_aware(args.act_group_aware)
+            .mse(args.mse)
+            .gptaq(args.gptaq)
+            .damp_percent(args.damp)
+            .build()?,
+    };
+    Ok(QuantizeOptions::new(gptq))
+}
+
+fn write_quantized(args: &Args) -> Result<(), Failure> {
+    let options = options(args)?;
+    let config = LlamaConfig::read(&args.model)?;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let method = match args.method {
+        Method::Gptq => QuantizeMethod::Gptq,
+        Method::Rtn => QuantizeMethod::RoundToNearest,
+    };
+    let rows = match (method, &args.calibration) {
+        (QuantizeMethod::RoundToNearest, _) => None,
+        (QuantizeMethod::Gptq, None) => return Err("--calibration FILE is needed for --method gptq".into()),
+        (QuantizeMethod::Gptq, Some(file)) => {
+            let source = RowSource {
+                file,
+                key: "calibration",
+                model: &args.model,
+                rows: args.rows,
+                seq_len: args.seq_len,
+            };
+            Some(source.read(&config)?)
+        }
+    };
+    let mut writer = ModelWriter::create(&args.out, &checkpoint, &config, &options, method)?;
+    let bar = progress::quantization_bar("quantising");
+    let mut watch = Watch::default().on_progress(|progress| progress::show(&bar, progress));
+    let report = {
+        let mut sink = |layer, packed: gptq_format::PackedLinear| writer.layer(layer, &packed);
+        match &rows {
+            Some(rows) => quantize(&config, &checkpoint, &Cpu, rows, &options, &mut watch, &mut sink)?,
+            None => round_to_nearest(&config, &checkpoint, &options.gptq, &mut watch, &mut sink)?,
+        }
+    };
+    bar.finish_and_clear();
+    let summary = writer.finish(&report)?;
+    if let Some(rows) = &rows {
+        println!("calibration: {} rows, {} tokens", rows.rows().len(), rows.tokens());
+    }
+    println!(
+        "{} layers quantised in {:.1} s, {:.2} MB written to {}",
+        report.layers.len(),
+        report.elapsed.as_secs_f64(),
+        summary.tensor_bytes as f64 / 1e6,
+        args.out.display()
+    );
+    Ok(())
+}

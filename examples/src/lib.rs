@@ -1,1 +1,7 @@
-//! What the examples share.
+//! What the examples share: command lines that fail on one line, data files, progress bars, tables.
+
+pub mod data;
+pub mod failure;
+pub mod progress;
+pub mod table;
+pub mod text;
