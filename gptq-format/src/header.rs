@@ -221,8 +221,12 @@ impl<'de> Deserialize<'de> for RawHeader {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader, A::Error> {
                 let mut header = RawHeader::default();
+                let mut has_metadata = false;
                 while let Some(name) = map.next_key::<Cow<'_, str>>()? {
                     if name == "__metadata__" {
+                        if std::mem::replace(&mut has_metadata, true) {
+                            return Err(A::Error::duplicate_field("__metadata__"));
+                        }
                         header.metadata = map.next_value()?;
                     } else {
                         let info = map.next_value();

@@ -9,7 +9,7 @@ use crate::bitstream::padding_mask;
 use crate::zeros::decode_zeros;
 use crate::{
     Bits, CheckpointFormat, Dtype, FormatError, ModuleConfig, PackError, PackedLinear, PackedParts, Tensor,
-    ZeroEvidence,
+    ZeroEvidence, marlin, planar,
 };
 
 /// Something about a layer on disk that was put right while it was read.
@@ -41,11 +41,15 @@ impl Checkpoint {
     /// Whether `prefix` is a quantised layer, such as `model.layers.0.self_attn.q_proj`.
     pub fn is_quantized(&self, prefix: &str) -> bool {
         self.get(&format!("{prefix}.qweight")).is_some()
+            || (self.is_marlin() && self.get(&format!("{prefix}.B")).is_some())
     }
 
     /// The names of all quantised layers, in the order of [`names`](Self::names).
     pub fn linears(&self) -> impl Iterator<Item = &str> {
-        self.names().filter_map(|name| name.strip_suffix(".qweight"))
+        let is_marlin = self.is_marlin();
+        self.names().filter_map(move |name| {
+            name.strip_suffix(".qweight").or_else(|| name.strip_suffix(".B").filter(|_| is_marlin))
+        })
     }
 
     /// Reads a quantised layer.
@@ -67,7 +71,17 @@ impl Checkpoint {
     /// As [`linear`](Self::linear).
     pub fn linear_with_remarks(&self, prefix: &str) -> Result<(PackedLinear, Vec<Remark>), FormatError> {
         let config = self.module(prefix)?;
-        Reader { checkpoint: self, prefix, config, remarks: Vec::new() }.read()
+        let reader = Reader { checkpoint: self, prefix, config, remarks: Vec::new() };
+        // A Marlin config beside ordinary tensors is a leftover of a conversion: the tensors are what they are.
+        if self.is_marlin() && reader.optional("B").is_some() { reader.read_marlin() } else { reader.read() }
+    }
+
+    fn is_marlin(&self) -> bool {
+        self.claims(CheckpointFormat::Marlin)
+    }
+
+    fn claims(&self, format: CheckpointFormat) -> bool {
+        self.config.as_ref().and_then(|config| config.checkpoint_format()) == Some(format)
     }
 
     fn module(&self, prefix: &str) -> Result<ModuleConfig, FormatError> {
@@ -131,7 +145,18 @@ impl<'a> Reader<'a> {
             return Err(self.wrong_shape("scales", why));
         }
 
-        let mut qweight = self.words("qweight", bits.words(in_features), out_features)?;
+        // Without the rows that pad to whole runs of 32 codes.
+        let mut qweight = self.tensor("qweight")?.u32s()?[..bits.words(in_features) * out_features].to_vec();
+        if self.checkpoint.claims(CheckpointFormat::Planar) {
+            if !in_features.is_multiple_of(32) || !out_features.is_multiple_of(32) {
+                return Err(
+                    self.wrong_shape("qweight", "multiples of 32 inputs and outputs for gptq_p".into())
+                );
+            }
+            if planar::differs(bits) {
+                planar::convert_rows(&mut qweight, out_features, planar::to_stream);
+            }
+        }
         let last_row = qweight.len() - out_features;
         self.clear_padding(&mut qweight[last_row..], padding_mask(bits, in_features));
         let qzeros = self.qzeros(bits, groups, out_features)?;
@@ -141,6 +166,29 @@ impl<'a> Reader<'a> {
         let parts =
             PackedParts { bits, group_size, in_features, out_features, qweight, qzeros, scales, g_idx, bias };
         match PackedLinear::from_parts(parts) {
+            Ok(linear) => Ok((linear, self.remarks)),
+            Err(source) => Err(self.invalid(source)),
+        }
+    }
+
+    fn read_marlin(mut self) -> Result<(PackedLinear, Vec<Remark>), FormatError> {
+        let (input_tiles, columns) = self.matrix_shape("B")?;
+        let (groups, out_features) = self.matrix_shape("s")?;
+        // The tensor's bytes bound both numbers, so neither product overflows.
+        let in_features = input_tiles * 16;
+        if columns != 2 * out_features {
+            return Err(self.wrong_shape("s", format!("{} columns, half of those of B", columns / 2)));
+        }
+        let expected_groups = self.config.group_size.map_or(1, |size| in_features.div_ceil(size));
+        let fits = self.config.bits == Bits::B4 && marlin::shape_fits(in_features, out_features, groups);
+        if !fits || groups != expected_groups {
+            return Err(self.wrong_shape("B", format!("what Marlin takes: {}", marlin::NEEDS)));
+        }
+        let words = self.tensor("B")?.u32s()?;
+        let scales = self.halves("s")?;
+        let bias = self.bias(out_features)?;
+        let bias: Option<Vec<f32>> = bias.map(|bias| bias.iter().map(|x| x.to_f32()).collect());
+        match marlin::decode(&words, &scales, in_features, out_features, bias.as_deref()) {
             Ok(linear) => Ok((linear, self.remarks)),
             Err(source) => Err(self.invalid(source)),
         }
@@ -168,12 +216,6 @@ impl<'a> Reader<'a> {
         Ok(len)
     }
 
-    /// `qweight`, without the rows that pad it to whole runs of 32 codes.
-    fn words(&mut self, field: &'static str, rows: usize, columns: usize) -> Result<Vec<u32>, FormatError> {
-        let words = self.tensor(field)?.u32s()?;
-        Ok(words[..rows * columns].to_vec())
-    }
-
     fn qzeros(&self, bits: Bits, groups: usize, out_features: usize) -> Result<Vec<u32>, FormatError> {
         if self.optional("qzeros").is_none()
             && let Some(zeros) = self.optional("zeros")
@@ -190,6 +232,9 @@ impl<'a> Reader<'a> {
         let stored = self.tensor("qzeros")?.u32s()?;
         let mut words: Vec<u32> =
             stored.chunks_exact(columns).flat_map(|row| &row[..used]).copied().collect();
+        if self.checkpoint.claims(CheckpointFormat::Planar) && planar::differs(bits) {
+            planar::convert_words(&mut words, planar::to_stream);
+        }
         let evidence = self.checkpoint.zeros.as_ref().expect("invariant: decided when a layer has codes");
         decode_zeros(bits, out_features, &mut words, evidence.convention);
         Ok(words)

@@ -1,7 +1,7 @@
 //! A layer's tensors as a checkpoint holds them.
 
 use crate::zeros::encode_v1;
-use crate::{CheckpointFormat, Dtype, FormatError, PackedLinear, QuantizeConfig, Unwritable};
+use crate::{CheckpointFormat, Dtype, FormatError, PackedLinear, QuantizeConfig, Unwritable, marlin, planar};
 
 /// One tensor of a layer.
 pub(super) struct Field {
@@ -28,18 +28,37 @@ pub(super) fn fields(
         |reason| FormatError::Unwritable { prefix: prefix.to_owned(), format: format.name(), reason };
     check(config, prefix, linear).map_err(refuse)?;
     let out_features = linear.out_features();
+    let mut qweight = linear.qweight().to_vec();
     let mut qzeros = linear.qzeros().to_vec();
     match format {
         CheckpointFormat::GptqV2 => {}
         CheckpointFormat::Gptq => encode_v1(linear.bits(), out_features, &mut qzeros)
             .map_err(|(group, out)| refuse(Unwritable::ZeroPoint { group, out }))?,
-        CheckpointFormat::Planar | CheckpointFormat::Marlin => {
-            return Err(refuse(Unwritable::Needs("nothing yet")));
+        CheckpointFormat::Planar => {
+            if !linear.in_features().is_multiple_of(32) || !out_features.is_multiple_of(32) {
+                return Err(refuse(Unwritable::Needs("inputs and outputs in multiples of 32")));
+            }
+            if planar::differs(linear.bits()) {
+                planar::convert_rows(&mut qweight, out_features, planar::from_stream);
+                planar::convert_words(&mut qzeros, planar::from_stream);
+            }
+        }
+        CheckpointFormat::Marlin => {
+            if !marlin::fits(linear) {
+                return Err(refuse(Unwritable::Needs(marlin::NEEDS)));
+            }
+            let (words, scales) = marlin::encode(linear);
+            let mut fields = vec![
+                Field::new("B", Dtype::I32, &[linear.in_features() / 16, 2 * out_features], &words),
+                Field::new("s", Dtype::F16, &[linear.groups(), out_features], &scales),
+            ];
+            fields.extend(linear.bias().map(|bias| Field::new("bias", Dtype::F16, &[out_features], bias)));
+            return Ok(fields);
         }
     }
-    let (words, zero_words) = (linear.qweight().len() / out_features, qzeros.len() / linear.groups());
+    let (words, zero_words) = (qweight.len() / out_features, qzeros.len() / linear.groups());
     let mut fields = vec![
-        Field::new("qweight", Dtype::I32, &[words, out_features], linear.qweight()),
+        Field::new("qweight", Dtype::I32, &[words, out_features], &qweight),
         Field::new("qzeros", Dtype::I32, &[linear.groups(), zero_words], &qzeros),
         Field::new("scales", Dtype::F16, &[linear.groups(), out_features], linear.scales()),
         Field::new("g_idx", Dtype::I32, &[linear.in_features()], linear.g_idx()),
