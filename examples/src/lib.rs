@@ -3,5 +3,6 @@
 pub mod data;
 pub mod failure;
 pub mod progress;
+pub mod random_model;
 pub mod table;
 pub mod text;

@@ -138,26 +138,8 @@ fn concatenate(layers: &[(LinearName, LinearWeight<'_>)]) -> Option<PackedLinear
     if !packed.iter().all(same) {
         return None;
     }
-    let side_by_side = |part: fn(&PackedLinear) -> &[u32], rows: usize| {
-        (0..rows)
-            .flat_map(|row| {
-                packed.iter().flat_map(move |p| {
-                    let part = part(p);
-                    let cols = part.len() / rows;
-                    part[row * cols..(row + 1) * cols].iter().copied()
-                })
-            })
-            .collect::<Vec<u32>>()
-    };
     let groups = first.groups();
-    let scales = (0..groups)
-        .flat_map(|group| {
-            packed.iter().flat_map(move |p| {
-                let cols = p.out_features();
-                p.scales()[group * cols..(group + 1) * cols].iter().copied()
-            })
-        })
-        .collect();
+    let words = first.bits().words(first.in_features());
     let bias =
         first.bias().map(|_| packed.iter().flat_map(|p| p.bias().unwrap_or_default()).copied().collect());
     // Parts of valid layers make a valid layer; a refusal would only mean that they run one by one.
@@ -166,13 +148,25 @@ fn concatenate(layers: &[(LinearName, LinearWeight<'_>)]) -> Option<PackedLinear
         group_size: first.group_size(),
         in_features: first.in_features(),
         out_features: packed.iter().map(|p| p.out_features()).sum(),
-        qweight: side_by_side(PackedLinear::qweight, first.bits().words(first.in_features())),
-        qzeros: side_by_side(PackedLinear::qzeros, groups),
-        scales,
+        qweight: side_by_side(words, packed.iter().map(|p| p.qweight())),
+        qzeros: side_by_side(groups, packed.iter().map(|p| p.qzeros())),
+        scales: side_by_side(groups, packed.iter().map(|p| p.scales())),
         g_idx: first.g_idx().to_vec(),
         bias,
     })
     .ok()
+}
+
+/// Row-major matrices of `rows` rows, joined row by row.
+fn side_by_side<'a, T: Copy + 'a>(rows: usize, parts: impl Iterator<Item = &'a [T]> + Clone) -> Vec<T> {
+    let mut joined = Vec::with_capacity(parts.clone().map(<[T]>::len).sum());
+    for row in 0..rows {
+        for part in parts.clone() {
+            let cols = part.len() / rows;
+            joined.extend_from_slice(&part[row * cols..][..cols]);
+        }
+    }
+    joined
 }
 
 impl<D: Backend> Projections<D> {
