@@ -1,0 +1,225 @@
+// y = x W^T + bias for 4-bit weights and up to 16 rows of x, on Hopper.
+//
+// The weight is a matrix of units: 32 output features x 128 input features, one contiguous run of bytes each (layout in
+// `unit.cuh`). The units of a stripe of 32 output features are divided into 16 parts, always the same ones; WARPS_K
+// warps of a block take a part each, and the blocks of a cluster take the 16 / WARPS_K slices of the input features. A
+// block has WARPS_N stripes in flight, and clusters walk over the stripes.
+//
+//     1  every warp starts bulk copies of its first units into a ring of its own: weights depend on no earlier kernel
+//     2  wait for the kernel before this one, then stage the slice of x (gathered if the layer is act-ordered)
+//     3  unit by unit: codes to exact halves (code - zero), tensor core over one group, times the scale in float32
+//     4  push the part's sums into the shared memory of the block that finishes these output features
+//     5  finish the stripes before these: add the 16 parts in order, add the bias, round, store
+//
+// No float atomics, and no order of addition that depends on timing, on the number of rows or on the shape of blocks and
+// clusters: results repeat to the bit, and row r of y depends on row r of x alone.
+#include "hopper.cuh"
+#include "unit.cuh"
+
+struct GemvArgs {
+    const u8* units;      // (ceil(n / 32), k_units) units
+    const u16* x;         // (rows, k), x_stride apart
+    u16* y;               // (rows, n), y_stride apart
+    const u16* bias;      // (n) or null
+    const u32* gather;    // (k_units * 128) column of x, or ~0 for a zero; null for the identity
+    u32 rows, n, k;
+    u32 x_stride, y_stride;
+    u32 k_units;
+    u32 x_vectors;        // x and its rows are aligned to 16 bytes
+};
+
+constexpr u32 PARTS = 16;
+
+DEVICE u32 part_start(u32 k_units, u32 part) { return k_units * part / PARTS; }
+
+// Copies x[row][first..first + count) into shared rows of `stride` bytes, zeros beyond k.
+template <u32 THREADS>
+DEVICE void stage_x(const GemvArgs& args, u32 staged, u32 stride, u32 first, u32 count) {
+    if (args.gather == nullptr && args.x_vectors && first + count <= args.k) {
+        for (u32 v = threadIdx.x; v < count / 8; v += THREADS) {
+            const u16* from = args.x + first + v * 8;
+#pragma unroll 4
+            for (u32 row = 0; row < args.rows; ++row) copy_16(staged + row * stride + v * 16, from + (u64)row * args.x_stride);
+        }
+        wait_for_copies();
+        return;
+    }
+    for (u32 i = threadIdx.x; i < count; i += THREADS) {
+        const u32 column = args.gather != nullptr ? args.gather[first + i] : first + i;
+#pragma unroll 4
+        for (u32 row = 0; row < args.rows; ++row) {
+            const u16 value = column < args.k ? args.x[(u64)row * args.x_stride + column] : (u16)0;
+            store_shared_2(staged + row * stride + i * 2, value);
+        }
+    }
+}
+
+template <class Half, u32 N_TILES, u32 GROUPS, bool ASYM, u32 WARPS_N, u32 WARPS_K, u32 DEPTH>
+DEVICE void gemv(const GemvArgs& args) {
+    constexpr u32 WARPS = WARPS_N * WARPS_K, THREADS = WARPS * 32, SLICES = PARTS / WARPS_K;
+    constexpr u32 FEATURES = WARPS_N * 32, OWNED = FEATURES / SLICES; // of a cluster; finished by one block of it
+    constexpr u32 UNIT = unit_bytes(GROUPS, ASYM), RING = DEPTH * UNIT;
+    extern __shared__ __align__(128) u8 shared_memory[];
+
+    // `uniform` and `opaque` keep the compiler from deriving these anew in every iteration.
+    const u32 shared = uniform(shared_address(shared_memory));
+    const u32 lane = opaque(threadIdx.x % 32), warp = uniform(threadIdx.x / 32);
+    const u32 warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
+    const u32 slice = SLICES == 1 ? 0 : cluster_rank(), part = slice * WARPS_K + warp_k;
+    const u32 first_unit = part_start(args.k_units, part), part_units = part_start(args.k_units, part + 1) - first_unit;
+    const u32 stripes = (args.n + 31) / 32, stripe_step = gridDim.x / SLICES * WARPS_N;
+    const u32 first_stripe = blockIdx.x / SLICES * WARPS_N;
+    const i32 rounds = first_stripe < stripes ? (stripes - first_stripe + stripe_step - 1) / stripe_step : 0;
+
+    // Shared memory: barriers, rings, x, sums.
+    const u32 full = shared, empty = shared + 16, barriers = shared + 32 + warp * (DEPTH * 8);
+    const u32 rings = shared + ring_offset(WARPS, DEPTH), ring = rings + warp * RING;
+    const u32 x_first = part_start(args.k_units, slice * WARPS_K);
+    const u32 x_width = (part_start(args.k_units, (slice + 1) * WARPS_K) - x_first) * 128;
+    const u32 staged = rings + (WARPS * RING + 127) / 128 * 128;
+    // Rows 64 bytes apart in the banks: two rows a phase, no conflict. The same in all blocks of the cluster.
+    const u32 x_stride = ((args.k_units + SLICES - 1) / SLICES + 1) * 256 + 64;
+    const u32 sums = staged + args.rows * x_stride, sums_bytes = PARTS * args.rows * OWNED * 4;
+
+    auto arrive = [&](u32 barrier) {
+        if (SLICES > 1) {
+            if (lane < SLICES) mbarrier_arrive_remote(barrier, lane);
+        } else if (lane == 0) {
+            mbarrier_arrive(barrier);
+        }
+    };
+
+    // The stream of units: all of the part's in one stripe, then in the next stripe of this warp.
+    const u8* source = args.units + ((u64)(first_stripe + warp_n) * args.k_units + first_unit) * UNIT;
+    const u64 stripe_jump = ((u64)stripe_step * args.k_units - part_units) * UNIT;
+    u32 left_in_stripe = part_units;
+    u32 left = first_stripe + warp_n < stripes ? (stripes - first_stripe - warp_n + stripe_step - 1) / stripe_step * part_units : 0;
+    u32 slot = 0, parity = 0;
+    auto fetch = [&] { // into the current slot
+        if (left == 0) return;
+        if (lane == 0) {
+            mbarrier_expect(barriers + slot * 8, UNIT);
+            bulk_copy(ring + slot * UNIT, source, UNIT, barriers + slot * 8);
+        }
+        --left;
+        source += UNIT;
+        if (--left_in_stripe == 0) left_in_stripe = part_units, source += stripe_jump;
+    };
+    auto advance = [&] {
+        if (++slot == DEPTH) slot = 0, parity ^= 1;
+    };
+    if (lane == 0) {
+        for (u32 i = 0; i < DEPTH; ++i) mbarrier_init(barriers + i * 8, 1);
+        if (warp == 0) {
+            for (u32 i = 0; i < 2; ++i) mbarrier_init(full + i * 8, SLICES * WARPS), mbarrier_init(empty + i * 8, SLICES * WARPS);
+        }
+        fence_mbarrier_init();
+    }
+    for (u32 i = 0; i < DEPTH; ++i) fetch(), advance();
+    parity = 0;
+    __syncwarp();
+    if (SLICES > 1) cluster_arrive();
+    launch_dependents();
+
+    // Rows beyond the last repeat the last; their results are dropped.
+    u32 x_start[N_TILES];
+    for (u32 t = 0; t < N_TILES; ++t) {
+        const u32 row = min(t * 8 + lane / 4, args.rows - 1);
+        x_start[t] = staged + row * x_stride + (lane % 4) * 16 + (first_unit - x_first) * 256;
+    }
+
+    // Adds the parts of the round's stripes that this block finishes; in the rehearsal, of stripes that do not exist.
+    auto finish = [&](i32 round, u32 stripe) {
+        const u32 buffer = round & 1;
+        if (round >= 0) {
+            if (SLICES == 1) mbarrier_wait(full + buffer * 8, round / 2 % 2);
+            else mbarrier_wait_cluster(full + buffer * 8, round / 2 % 2);
+        }
+        for (u32 i = threadIdx.x; i < args.rows * OWNED; i += THREADS) {
+            const u32 token = i / OWNED, feature = stripe * 32 + slice * OWNED + i % OWNED;
+            float part_sum[PARTS];
+#pragma unroll
+            for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(sums + buffer * sums_bytes + (p * args.rows * OWNED + i) * 4);
+            if (feature < args.n) {
+                float sum = args.bias != nullptr ? Half::to_float(args.bias[feature]) : 0.0f;
+#pragma unroll
+                for (u32 p = 0; p < PARTS; ++p) sum += part_sum[p];
+                args.y[(u64)token * args.y_stride + feature] = Half::from_float(sum);
+            }
+        }
+        // The buffer is free again, if there is another round that will ask.
+        if (round >= 0 && round + 2 < rounds) {
+            __syncwarp();
+            arrive(empty + buffer * 8);
+        }
+    };
+
+    // Round -1 is a rehearsal: it computes nothing of use, but brings the instructions into the cache while the kernel
+    // before this one still runs.
+#pragma unroll 1
+    for (i32 round = -1; round <= rounds; ++round) {
+        const u32 stripe = first_stripe + round * stripe_step, buffer = round & 1;
+        if (round == 0) {
+            wait_for_dependencies();
+            stage_x<THREADS>(args, staged, x_stride, x_first * 128, x_width);
+            __syncthreads();
+            if (SLICES > 1) cluster_wait(); // the barriers of all blocks are ready
+        }
+        if (round < rounds) {
+            float acc[2][N_TILES][4] = {};
+            const u32 count = round < 0 ? 1 : stripe + warp_n < stripes ? part_units : 0;
+            u32 x_address[N_TILES];
+            for (u32 t = 0; t < N_TILES; ++t) x_address[t] = x_start[t];
+#pragma unroll 1
+            for (u32 i = 0; i < count; ++i) {
+                if (round >= 0) mbarrier_wait(barriers + slot * 8, parity);
+                multiply_unit<Half, N_TILES, GROUPS, ASYM>(acc, ring + slot * UNIT, x_address, lane);
+                if (round < 0) break;
+                __syncwarp();
+                fetch();
+                advance();
+                for (u32 t = 0; t < N_TILES; ++t) x_address[t] += 256;
+            }
+
+            if (round >= 2) {
+                if (SLICES == 1) mbarrier_wait(empty + buffer * 8, (round / 2 - 1) % 2);
+                else mbarrier_wait_cluster(empty + buffer * 8, (round / 2 - 1) % 2);
+            }
+            const u32 tokens = round < 0 ? 0 : args.rows;
+#pragma unroll
+            for (u32 tile = 0; tile < 2; ++tile) {
+#pragma unroll
+                for (u32 upper = 0; upper < 2; ++upper) {
+                    const u32 feature = warp_n * 32 + tile * 16 + upper * 8 + lane / 4;
+                    const u32 local = sums + buffer * sums_bytes + (part * args.rows * OWNED + feature % OWNED) * 4;
+                    const u32 address = SLICES == 1 ? local : remote_address(local, feature / OWNED);
+#pragma unroll
+                    for (u32 t = 0; t < N_TILES; ++t) {
+#pragma unroll
+                        for (u32 odd = 0; odd < 2; ++odd) {
+                            const u32 token = t * 8 + (lane % 4) * 2 + odd;
+                            const float value = acc[tile][t][upper * 2 + odd];
+                            if (SLICES == 1) store_shared_float_if(token < tokens, address + token * OWNED * 4, value);
+                            else remote_store_if(token < tokens, address + token * OWNED * 4, value);
+                        }
+                    }
+                }
+            }
+            __syncwarp();
+            if (round >= 0) arrive(full + buffer * 8);
+        }
+        if (round != 0) finish(round < 0 ? round : round - 1, round < 0 ? ~0u / 64 : stripe - stripe_step);
+    }
+}
+
+#ifndef PROTOTYPE
+#define GEMV(NAME, HALF, TILES, GROUPS, ASYM, BLOCKS) \
+    extern "C" __global__ void __launch_bounds__(512, BLOCKS) NAME(const __grid_constant__ GemvArgs args) { \
+        gemv<HALF, TILES, GROUPS, ASYM, 1, 16, 2>(args); \
+    }
+GEMV(gemv_f16_1_g128_sym, Fp16, 1, 1, false, 2)
+GEMV(gemv_f16_2_g128_sym, Fp16, 2, 1, false, 1)
+GEMV(gemv_bf16_1_g128_sym, Bf16, 1, 1, false, 2)
+GEMV(gemv_f16_1_g128_asym, Fp16, 1, 1, true, 2)
+GEMV(gemv_bf16_2_g32_asym, Bf16, 2, 4, true, 1)
+#endif

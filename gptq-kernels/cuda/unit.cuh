@@ -1,0 +1,106 @@
+// The unit of repacked 4-bit weights: 32 output features x 128 input features, and what multiplies by one.
+//
+//     bytes 0..2048        codes, as four fragments (feature half h, input half f) of 16 x 64, at (h * 2 + f) * 512
+//     then, per group      32 scales, fp16: feature 8 * j + r at (r * 4 + j) * 2
+//     then, per group      32 zeros, one byte each, in the same order, if the layer is asymmetric
+//
+// A group here is 128, 64 or 32 input features; larger ones repeat their scale in every unit. Lane l of a warp reads 16
+// bytes of a fragment at 16 * l: word s is step s of the tensor core. Its nibbles, from the lowest, are the lower halves
+// of operand registers a0..a3 in bits 0..16 and the upper halves in bits 16..32. With r = l / 4, t = l % 4, register a0
+// holds features r, a1 r + 8, a2 r, a3 r + 8, and the input features are 64 f + 32 (s / 2) + 8 t + 4 (s % 2) + {0, 1}
+// in a0, a1 and + {2, 3} in a2, a3, so that the other operand is 16 consecutive bytes of x.
+#pragma once
+#include "hopper.cuh"
+
+__host__ __device__ constexpr u32 unit_bytes(u32 groups, bool asym) { return 2048 + groups * (asym ? 96 : 64); }
+
+// Where the rings start: behind four barriers of the block and `depth` of each warp.
+__host__ __device__ constexpr u32 ring_offset(u32 warps, u32 depth) { return (32 + warps * depth * 8 + 127) / 128 * 128; }
+
+// What turns the nibbles of a row into `code - zero`: added to 1024 + code, or to 64 + code.
+struct Zero {
+    u32 low, high;
+};
+
+template <class Half>
+struct Dequantizer;
+
+// 1024 + code in the lowest mantissa bits, 1024 + 16 code in the next: both exact, and so is what follows.
+template <>
+struct Dequantizer<Fp16> {
+    static DEVICE Zero zero(u32 z) { return {0xE400E400u + z * 0x00010001u, 0xD400D400u + z * 0x00100010u}; }
+
+    static DEVICE void expand(u32 (&a)[4], u32 codes, const Zero (&z)[2]) {
+        const u32 upper = codes >> 8;
+        a[0] = Fp16::add2(and_or<0x000F000Fu, 0x64006400u>(codes), z[0].low);
+        a[1] = Fp16::fma2(and_or<0x00F000F0u, 0x64006400u>(codes), 0x2C002C00u, z[1].high);
+        a[2] = Fp16::add2(and_or<0x000F000Fu, 0x64006400u>(upper), z[0].low);
+        a[3] = Fp16::fma2(and_or<0x00F000F0u, 0x64006400u>(upper), 0x2C002C00u, z[1].high);
+    }
+};
+
+// bfloat16 has room for one nibble below 128.
+template <>
+struct Dequantizer<Bf16> {
+    static DEVICE Zero zero(u32 z) { return {0xC300C300u + z * 0x00010001u, 0}; }
+
+    static DEVICE void expand(u32 (&a)[4], u32 codes, const Zero (&z)[2]) {
+        a[0] = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes), z[0].low);
+        a[1] = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes >> 4), z[1].low);
+        a[2] = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes >> 8), z[0].low);
+        a[3] = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes >> 12), z[1].low);
+    }
+};
+
+// acc += unit * x: `x[t]` is the lane's place in the rows of token tile t, at the unit's first input feature.
+template <class Half, u32 N_TILES, u32 GROUPS, bool ASYM>
+DEVICE void multiply_unit(float (&acc)[2][N_TILES][4], u32 unit, const u32 (&x)[N_TILES], u32 lane) {
+    constexpr u32 STEPS = 8 / GROUPS; // steps of 16 input features in a group
+    float sum[2][N_TILES][4];
+    Zero zero[2][2];
+#pragma unroll
+    for (u32 f = 0; f < 2; ++f) {
+        const uint4 codes[2] = {load_shared_16(unit + f * 512 + lane * 16), load_shared_16(unit + 1024 + f * 512 + lane * 16)};
+        u32 b[N_TILES][8];
+#pragma unroll
+        for (u32 t = 0; t < N_TILES; ++t) {
+            const uint4 lower = load_shared_16(x[t] + f * 128), upper = load_shared_16(x[t] + f * 128 + 64);
+            b[t][0] = lower.x, b[t][1] = lower.y, b[t][2] = lower.z, b[t][3] = lower.w;
+            b[t][4] = upper.x, b[t][5] = upper.y, b[t][6] = upper.z, b[t][7] = upper.w;
+        }
+#pragma unroll
+        for (u32 s = 0; s < 4; ++s) {
+            const u32 step = f * 4 + s, group = step / STEPS;
+            if (step % STEPS == 0) {
+                const u32 z = ASYM ? load_shared_4(unit + 2048 + GROUPS * 64 + group * 32 + (lane / 4) * 4) : 0x08080808u;
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h) {
+#pragma unroll
+                    for (u32 u = 0; u < 2; ++u) zero[h][u] = Dequantizer<Half>::zero((z >> (h * 16 + u * 8)) & 0xFF);
+#pragma unroll
+                    for (u32 t = 0; t < N_TILES; ++t)
+                        for (u32 e = 0; e < 4; ++e) sum[h][t][e] = 0.0f;
+                }
+            }
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+                const u32 word = s == 0 ? codes[h].x : s == 1 ? codes[h].y : s == 2 ? codes[h].z : codes[h].w;
+                u32 a[4];
+                Dequantizer<Half>::expand(a, word, zero[h]);
+#pragma unroll
+                for (u32 t = 0; t < N_TILES; ++t) Half::mma(sum[h][t], a, b[t][2 * s], b[t][2 * s + 1]);
+            }
+            if ((step + 1) % STEPS == 0) {
+                const uint2 pair = load_shared_8(unit + 2048 + group * 64 + (lane / 4) * 8);
+                const float scale[2][2] = {{Fp16::to_float((u16)pair.x), Fp16::to_float((u16)(pair.x >> 16))},
+                                           {Fp16::to_float((u16)pair.y), Fp16::to_float((u16)(pair.y >> 16))}};
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h)
+#pragma unroll
+                    for (u32 t = 0; t < N_TILES; ++t)
+#pragma unroll
+                        for (u32 e = 0; e < 4; ++e) acc[h][t][e] += scale[h][e / 2] * sum[h][t][e];
+            }
+        }
+    }
+}
