@@ -20,7 +20,7 @@ struct GemvArgs {
     const u8* units;      // (ceil(n / 32), k_units) units
     const u16* x;         // (rows, k), x_stride apart
     u16* y;               // (rows, n), y_stride apart
-    const u16* bias;      // (n) or null
+    const u16* bias;      // (n), fp16, or null
     const u32* gather;    // (k_units * 128) column of x, or ~0 for a zero; null for the identity
     u32 rows, n, k;
     u32 x_stride, y_stride;
@@ -130,7 +130,7 @@ DEVICE void gemv(const GemvArgs& args) {
 
     // Adds the parts of the round's stripes that this block finishes; in the rehearsal, of stripes that do not exist.
     auto finish = [&](i32 round, u32 stripe) {
-        const u32 buffer = round & 1;
+        const u32 buffer = round < 0 ? 0 : round & 1;
         if (round >= 0) {
             if (SLICES == 1) mbarrier_wait(full + buffer * 8, round / 2 % 2);
             else mbarrier_wait_cluster(full + buffer * 8, round / 2 % 2);
@@ -141,7 +141,7 @@ DEVICE void gemv(const GemvArgs& args) {
 #pragma unroll
             for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(sums + buffer * sums_bytes + (p * args.rows * OWNED + i) * 4);
             if (feature < args.n) {
-                float sum = args.bias != nullptr ? Half::to_float(args.bias[feature]) : 0.0f;
+                float sum = args.bias != nullptr ? Fp16::to_float(args.bias[feature]) : 0.0f;
 #pragma unroll
                 for (u32 p = 0; p < PARTS; ++p) sum += part_sum[p];
                 args.y[(u64)token * args.y_stride + feature] = Half::from_float(sum);
@@ -158,7 +158,7 @@ DEVICE void gemv(const GemvArgs& args) {
     // before this one still runs.
 #pragma unroll 1
     for (i32 round = -1; round <= rounds; ++round) {
-        const u32 stripe = first_stripe + round * stripe_step, buffer = round & 1;
+        const u32 stripe = first_stripe + round * stripe_step, buffer = round < 0 ? 0 : round & 1;
         if (round == 0) {
             wait_for_dependencies();
             stage_x<THREADS>(args, staged, x_stride, x_first * 128, x_width);
@@ -213,13 +213,15 @@ DEVICE void gemv(const GemvArgs& args) {
 }
 
 #ifndef PROTOTYPE
-#define GEMV(NAME, HALF, TILES, GROUPS, ASYM, BLOCKS) \
-    extern "C" __global__ void __launch_bounds__(512, BLOCKS) NAME(const __grid_constant__ GemvArgs args) { \
-        gemv<HALF, TILES, GROUPS, ASYM, 1, 16, 2>(args); \
+// One image holds one type of activations (IMAGE_HALF), group size (IMAGE_GROUPS in a unit) and kind of zero (IMAGE_ASYM).
+//
+// `gemv_<token tiles>_<WARPS_N>x<WARPS_K>_<DEPTH>`; BLOCKS is how many blocks of it fit the registers of a multiprocessor.
+#define GEMV(TILES, WARPS_N, WARPS_K, DEPTH, BLOCKS) \
+    extern "C" __global__ void __launch_bounds__(WARPS_N * WARPS_K * 32, BLOCKS) \
+        gemv_##TILES##_##WARPS_N##x##WARPS_K##_##DEPTH(const __grid_constant__ GemvArgs args) { \
+        gemv<IMAGE_HALF, TILES, IMAGE_GROUPS, IMAGE_ASYM, WARPS_N, WARPS_K, DEPTH>(args); \
     }
-GEMV(gemv_f16_1_g128_sym, Fp16, 1, 1, false, 2)
-GEMV(gemv_f16_2_g128_sym, Fp16, 2, 1, false, 1)
-GEMV(gemv_bf16_1_g128_sym, Bf16, 1, 1, false, 2)
-GEMV(gemv_f16_1_g128_asym, Fp16, 1, 1, true, 2)
-GEMV(gemv_bf16_2_g32_asym, Bf16, 2, 4, true, 1)
+GEMV(1, 1, 16, 2, 2)
+GEMV(1, 1, 16, 3, 2)
+GEMV(1, 2, 8, 2, 2)
 #endif

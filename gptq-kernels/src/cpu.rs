@@ -78,10 +78,10 @@ fn add<S: Simd>(
 }
 
 /// Checks `x` and `y` against the layer.
-pub(crate) fn check_operands(
+pub(crate) fn check_operands<D: Device>(
     spec: &LinearSpec,
-    x: &MatRef<'_, Cpu>,
-    y: &MatMut<'_, Cpu>,
+    x: &MatRef<'_, D>,
+    y: &MatMut<'_, D>,
 ) -> Result<(), KernelError> {
     let shape = |argument, rows, cols, got_rows, got_cols| {
         Err(KernelError::Shape { argument, rows, cols, got_rows, got_cols })

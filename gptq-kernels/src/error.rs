@@ -10,6 +10,41 @@ pub enum Unsupported {
         /// Name of the feature, as `std::is_x86_feature_detected` spells it.
         feature: &'static str,
     },
+    /// There is no CUDA driver on this machine.
+    #[error("no CUDA driver (libcuda) on this machine")]
+    NoDriver,
+    /// There are fewer CUDA devices than that.
+    #[error("no CUDA device {ordinal}; there are {devices}")]
+    NoDevice {
+        /// The device asked for.
+        ordinal: usize,
+        /// The devices there are.
+        devices: usize,
+    },
+    /// The GPU is older than the kernel's instructions.
+    #[error(
+        "needs compute capability {}.{}, the device has {}.{}", needed.0, needed.1, got.0, got.1
+    )]
+    ComputeCapability {
+        /// Major and minor that the kernel needs.
+        needed: (u32, u32),
+        /// Major and minor of the device.
+        got: (u32, u32),
+    },
+    /// The driver is older than the PTX that ships with the kernel.
+    #[error("the driver cannot load PTX image {image}: it needs a driver for CUDA 12.0 or later")]
+    PtxTooNew {
+        /// Name of the image.
+        image: &'static str,
+    },
+    /// The CUDA driver failed while the device was probed.
+    #[error("{call}: {message}")]
+    Driver {
+        /// What was being done.
+        call: &'static str,
+        /// What the driver said.
+        message: String,
+    },
     /// The kernel does not do this width.
     #[error("{bits}-bit weights are not supported")]
     Bits {
@@ -122,6 +157,25 @@ pub enum KernelError {
         src: usize,
         /// Elements of the destination.
         dst: usize,
+    },
+    /// A GPU could not load, launch or finish something. Errors of a kernel that has already been launched show up in a
+    /// later call; the GPU's context stays unusable after them.
+    #[error("{during}: {message}")]
+    Gpu {
+        /// The kernel or the driver's function.
+        during: &'static str,
+        /// What the driver said.
+        message: String,
+    },
+    /// GPU memory could not be had.
+    #[error("no GPU memory for {bytes} bytes; {free} of {total} are free")]
+    OutOfGpuMemory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// Bytes free.
+        free: usize,
+        /// Bytes there are.
+        total: usize,
     },
     /// An index or extent is out of range.
     #[error("{what} {got}: must be below {limit}")]

@@ -4,6 +4,8 @@ mod backend;
 mod bound;
 pub mod conformance;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dense;
 mod device;
 mod error;

@@ -1,0 +1,75 @@
+//! NVIDIA GPUs as a device, and their kernels.
+//!
+//! Nothing here needs a CUDA toolkit, at build time or at run time: the driver is loaded when a [`CudaDevice`] is made, and
+//! on a machine without one that gives [`Unsupported::NoDriver`].
+//!
+//! | kernel | compute capability | layers |
+//! |---|---|---|
+//! | `cuda-gemv-sm90` | 9.0 | 4-bit, group size at least 32 or one group; fastest up to 8 rows |
+//! | `cuda-plain` | 8.0 | every packed layer |
+//!
+//! # Streams and graphs
+//!
+//! Work is queued on the stream that the output belongs to; a caller that uses several streams orders them itself. A
+//! forward pass allocates nothing, waits for nothing and changes no state, so it can be recorded in a CUDA graph and run
+//! from several threads. cudarc records events on slices once a context has a second stream, which breaks the recording
+//! of graphs: [`CudaDevice::new`] switches that off for its context; a caller with a context of its own does so with
+//! [`CudaContext::disable_event_tracking`](cudarc::driver::CudaContext::disable_event_tracking).
+//!
+//! ```no_run
+//! use gptq_kernels::{Device, cuda};
+//! use half::f16;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let device = cuda::CudaDevice::<f16>::new(0)?;
+//! for kernel in cuda::kernels(&device) {
+//!     println!("{}", kernel.name());
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod device;
+mod driver;
+mod gemv;
+mod image;
+mod plain;
+mod units;
+
+pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
+
+use crate::{LinearKernel, Unsupported};
+use gemv::Gemv;
+use plain::Plain;
+
+/// The kernels that this GPU can run, fastest first.
+///
+/// A kernel whose instructions the GPU lacks is not in the list; a `tracing` event of level debug says so, and
+/// [`unavailable`] tells why.
+pub fn kernels<T: Element>(device: &CudaDevice<T>) -> Vec<Box<dyn LinearKernel<CudaDevice<T>>>> {
+    let (kernels, missing) = probe(device);
+    for (kernel, reason) in missing {
+        tracing::debug!(kernel, %reason, "not available on this GPU");
+    }
+    kernels
+}
+
+/// The kernels that this GPU cannot run, and why.
+pub fn unavailable<T: Element>(device: &CudaDevice<T>) -> Vec<(&'static str, Unsupported)> {
+    probe(device).1
+}
+
+type Kernels<T> = Vec<Box<dyn LinearKernel<CudaDevice<T>>>>;
+
+fn probe<T: Element>(device: &CudaDevice<T>) -> (Kernels<T>, Vec<(&'static str, Unsupported)>) {
+    let (mut kernels, mut missing): (Kernels<T>, _) = (Vec::new(), Vec::new());
+    match Gemv::new(device) {
+        Ok(kernel) => kernels.push(Box::new(kernel)),
+        Err(reason) => missing.push((gemv::NAME, reason)),
+    }
+    match Plain::new(device) {
+        Ok(kernel) => kernels.push(Box::new(kernel)),
+        Err(reason) => missing.push((plain::NAME, reason)),
+    }
+    (kernels, missing)
+}

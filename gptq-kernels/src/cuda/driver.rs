@@ -1,0 +1,229 @@
+//! What the driver API needs around it: modules, functions, launches, and memory of a prepared layer.
+
+use std::{
+    collections::HashMap,
+    ffi::{CStr, CString, c_void},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, result, sys};
+
+use super::image::{self, Image};
+use crate::{KernelError, Unsupported};
+
+/// An error of the driver while `during` was being done.
+pub(super) fn gpu_error(during: &'static str, error: DriverError) -> KernelError {
+    KernelError::Gpu { during, message: message(error) }
+}
+
+/// What the driver calls an error, and how it explains it.
+pub(super) fn message(error: DriverError) -> String {
+    let text = |text: Result<&CStr, DriverError>| {
+        text.map_or_else(|_| format!("error {}", error.0 as u32), |text| text.to_string_lossy().into_owned())
+    };
+    format!("{}, {}", text(error.error_name()), text(error.error_string()))
+}
+
+/// A loaded image.
+struct Module {
+    context: Arc<CudaContext>,
+    handle: sys::CUmodule,
+}
+
+// SAFETY: a module handle may be used from any thread that has bound its context, which every use here does.
+unsafe impl Send for Module {}
+// SAFETY: as above; the driver locks.
+unsafe impl Sync for Module {}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: the handle came from `load_data`, and functions of it hold an `Arc` of this value. An error cannot
+            // be acted upon here: the context is going away, and the image with it.
+            let _ = unsafe { result::module::unload(self.handle) };
+        }
+    }
+}
+
+/// The images of one context, loaded when first asked for.
+pub(super) struct Images {
+    context: Arc<CudaContext>,
+    loaded: Mutex<HashMap<&'static str, Arc<Module>>>,
+}
+
+impl Images {
+    pub(super) fn new(context: Arc<CudaContext>) -> Self {
+        Self { context, loaded: Mutex::default() }
+    }
+
+    /// Function `entry` of image `name`, allowed to use `shared` bytes of dynamic shared memory.
+    pub(super) fn function(&self, name: &str, entry: &str, shared: usize) -> Result<Function, KernelError> {
+        let missing = || KernelError::Gpu {
+            during: "loading a kernel",
+            message: format!("no {entry} in image {name}"),
+        };
+        let image = image::find(name).ok_or_else(missing)?;
+        let module = self.load(image)?;
+        let entry = CString::new(entry).map_err(|_| missing())?;
+        // SAFETY: the module is loaded, its context is bound to this thread by `load`, and `entry` is a C string.
+        let handle = unsafe { result::module::get_function(module.handle, entry) }
+            .map_err(|error| gpu_error("cuModuleGetFunction", error))?;
+        if shared > 0 {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the handle is a function of a live module.
+            unsafe { result::function::set_function_attribute(handle, attribute, shared as i32) }
+                .map_err(|error| gpu_error("cuFuncSetAttribute", error))?;
+        }
+        Ok(Function { handle, module })
+    }
+
+    fn load(&self, image: &'static Image) -> Result<Arc<Module>, KernelError> {
+        self.context.bind_to_thread().map_err(|error| gpu_error("cuCtxSetCurrent", error))?;
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = loaded.get(image.name) {
+            return Ok(Arc::clone(module));
+        }
+        // SAFETY: `ptx` is static and ends with a NUL, as the driver wants text to.
+        let handle = unsafe { result::module::load_data(image.ptx.as_ptr().cast()) }.map_err(|error| {
+            match error.0 {
+                sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => KernelError::Unsupported {
+                    kernel: image.name,
+                    reason: Unsupported::PtxTooNew { image: image.name },
+                },
+                _ => gpu_error(image.name, error),
+            }
+        })?;
+        let module = Arc::new(Module { context: Arc::clone(&self.context), handle });
+        loaded.insert(image.name, Arc::clone(&module));
+        tracing::debug!(image = image.name, "PTX image loaded");
+        Ok(module)
+    }
+}
+
+/// A kernel of a loaded image.
+pub(super) struct Function {
+    handle: sys::CUfunction,
+    module: Arc<Module>,
+}
+
+// SAFETY: as for `Module`, which it keeps alive.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+/// Extent of a launch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Launch {
+    pub(super) grid: (u32, u32),
+    pub(super) threads: u32,
+    /// Dynamic shared memory in bytes.
+    pub(super) shared: usize,
+    /// Blocks in a cluster along x; 1 for none.
+    pub(super) cluster: u32,
+    /// Whether the kernel waits for the one before it by itself and may start before that has finished.
+    pub(super) programmatic: bool,
+}
+
+impl Function {
+    /// Queues the kernel, whose only parameter is `args`.
+    ///
+    /// # Safety
+    ///
+    /// `A` must be the kernel's parameter, field by field; its pointers must be to device memory of this context with as
+    /// many elements as the kernel's source says, valid until the stream has run it; `stream` must be of this context.
+    pub(super) unsafe fn launch<A>(
+        &self,
+        name: &'static str,
+        launch: Launch,
+        stream: sys::CUstream,
+        args: &mut A,
+    ) -> Result<(), KernelError> {
+        self.module.context.bind_to_thread().map_err(|error| gpu_error(name, error))?;
+        // SAFETY: the attribute is plain data for which all zeros are valid.
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut count = 0;
+        if launch.cluster > 1 {
+            attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes[count].value.clusterDim =
+                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+            count += 1;
+        }
+        if launch.programmatic {
+            attributes[count].id =
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[count].value.programmaticStreamSerializationAllowed = 1;
+            count += 1;
+        }
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared as u32,
+            hStream: stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count as u32,
+        };
+        let mut parameters = [std::ptr::from_mut(args).cast::<c_void>()];
+        // SAFETY: the function is alive, `config` and `parameters` live through the call, which copies them, and the
+        // caller vouches for `args` and `stream`.
+        unsafe { sys::cuLaunchKernelEx(&config, self.handle, parameters.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(|error| gpu_error(name, error))
+    }
+}
+
+/// Memory of a prepared layer: written once, read by its kernel.
+pub(super) struct Resident {
+    address: u64,
+    bytes: usize,
+    /// Freed when nothing on the device can be reading it any more.
+    slice: Option<Box<dyn std::any::Any + Send + Sync>>,
+    context: Arc<CudaContext>,
+}
+
+impl Resident {
+    /// Copies `data` to the device and waits for it.
+    pub(super) fn new<E: DeviceRepr + Copy + Send + Sync + 'static>(
+        stream: &Arc<CudaStream>,
+        data: &[E],
+    ) -> Result<Self, KernelError> {
+        let context = Arc::clone(stream.context());
+        let bytes = size_of_val(data);
+        if data.is_empty() {
+            return Ok(Self { address: 0, bytes, slice: None, context });
+        }
+        let failed = |error: DriverError| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let (free, total) = context.mem_get_info().unwrap_or_default();
+                KernelError::OutOfGpuMemory { bytes, free, total }
+            }
+            _ => gpu_error("copying a layer to the GPU", error),
+        };
+        let slice: CudaSlice<E> = stream.clone_htod(data).map_err(failed)?;
+        stream.synchronize().map_err(failed)?;
+        let address = slice.device_ptr(stream).0;
+        Ok(Self { address, bytes, slice: Some(Box::new(slice)), context })
+    }
+
+    /// Address on the device; 0 if there are no elements.
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Size.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        // Streams other than the allocating one may still read. An error means that the context is lost, and then
+        // nothing reads.
+        let _ = self.context.synchronize();
+        self.slice = None;
+    }
+}

@@ -1,0 +1,288 @@
+//! `cuda-gemv-sm90`: 4-bit layers and few rows, on Hopper and later. The kernel is `cuda/gemv_sm90.cu`.
+//!
+//! Eight rows are done in one pass over the weight; more rows take more passes, each with the same arithmetic for a row.
+//!
+//! # How it came to be
+//!
+//! Microseconds on an H200 for one row and 4096 x 4096 / 4096 x 11008 / 11008 x 4096 / 8192 x 28672, fp16, groups of 128,
+//! in a CUDA graph over rotated weights. What bytes alone cost is 2.1 / 5.6 / 5.6 / 29.
+//!
+//! | version | time | expected, and what happened |
+//! |---|---|---|
+//! | blocks of 128 features by a slice of a cluster of up to 8, reduced through remote shared memory behind a cluster barrier | 6.2 / 9.3 / 10.5 / 35.2 | 4 / 7.5 / 7.5 / 31; the chain wait, x, product, reduction takes 5 us, whatever the bytes |
+//! | `cp.async` for x; 16 warps a block | 5.3 / 9.3 / 9.8 / 34.5 | the loads of x were a chain; most of what 16 rows lost |
+//! | fixed 16 parts; sums handed over by `mbarrier`, without a cluster where one block has all parts; blocks walk over stripes | 5.7 / 10.7 / 8.8 / 37.7 | -1 us; releases and acquires at cluster scope cost what the barrier did |
+//! | block-scope barriers where there is no cluster; a rehearsal round to warm the instruction cache | 5.1 / 9.3 / 9.4 / 32.7 | -1 us on 4096 x 4096 |
+//! | nothing derived anew per unit: addresses uniform, ring depth a constant | 4.9 / 8.1 / 8.6 / 30.3 | a third of the instructions were address arithmetic |
+//!
+//! 61 registers, no spills; 187 instructions for 128 weights a thread: 1.5 a weight, 0.8 of them integer.
+
+use std::marker::PhantomData;
+
+use gptq_format::{Bits, PackedLinear};
+use half::f16;
+
+use super::{
+    CudaDevice, Element,
+    driver::{Function, Launch, Resident},
+    plain::output_bound,
+    units::{DEPTH, STRIPE, Units, unit_bytes},
+};
+use crate::{
+    ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, WeightFormat,
+    Workspace, cpu::check_operands,
+};
+
+pub(super) const NAME: &str = "cuda-gemv-sm90";
+
+/// Parts of a sum, as in `gemv_sm90.cu`.
+const PARTS: usize = 16;
+/// Rows of one pass.
+const ROWS: usize = 8;
+
+pub(super) struct Gemv<T: Element> {
+    device: CudaDevice<T>,
+}
+
+impl<T: Element> Gemv<T> {
+    pub(super) fn new(device: &CudaDevice<T>) -> Result<Self, Unsupported> {
+        device.needs((9, 0))?;
+        Ok(Self { device: device.clone() })
+    }
+}
+
+/// One shape of blocks, all of which compute the same bits.
+struct Variant {
+    entry: &'static str,
+    /// Stripes that a block has in flight.
+    stripes: usize,
+    /// Parts that a block takes; `PARTS / parts` blocks are a cluster.
+    parts: usize,
+    /// Units in the ring of a warp.
+    depth: usize,
+}
+
+const SHALLOW: Variant = Variant { entry: "gemv_1_1x16_2", stripes: 1, parts: 16, depth: 2 };
+const DEEP: Variant = Variant { entry: "gemv_1_1x16_3", stripes: 1, parts: 16, depth: 3 };
+const PAIRED: Variant = Variant { entry: "gemv_1_2x8_2", stripes: 2, parts: 8, depth: 2 };
+
+impl Variant {
+    fn warps(&self) -> usize {
+        self.stripes * self.parts
+    }
+
+    fn slices(&self) -> usize {
+        PARTS / self.parts
+    }
+
+    /// Bytes of shared memory, laid out as `gemv` in `gemv_sm90.cu` does.
+    fn shared_memory(&self, unit: usize, k_units: usize, rows: usize, rounds: usize) -> usize {
+        let barriers = (32 + self.warps() * self.depth * 8).next_multiple_of(128);
+        let rings = (self.warps() * self.depth * unit).next_multiple_of(128);
+        let x = rows * ((k_units.div_ceil(self.slices()) + 1) * 2 * DEPTH + 64);
+        let sums = PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4;
+        barriers + rings + x + sums * rounds.min(2)
+    }
+}
+
+/// `GemvArgs` of `gemv_sm90.cu`.
+#[repr(C)]
+struct Args {
+    units: u64,
+    x: u64,
+    y: u64,
+    bias: u64,
+    gather: u64,
+    rows: u32,
+    n: u32,
+    k: u32,
+    x_stride: u32,
+    y_stride: u32,
+    k_units: u32,
+    x_vectors: u32,
+}
+
+/// How a pass of some rows is launched.
+struct Plan {
+    function: Function,
+    rows: usize,
+    shape: Launch,
+}
+
+struct GemvLinear<T> {
+    spec: LinearSpec,
+    /// For one row, and for as many as fit.
+    single: Plan,
+    batch: Plan,
+    units: Resident,
+    gather: Resident,
+    bias: Resident,
+    k_units: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Gemv<T> {
+    fn plan(
+        &self,
+        image: &str,
+        units: &Units,
+        stripes: usize,
+        rows: usize,
+    ) -> Result<Option<Plan>, KernelError> {
+        let unit = unit_bytes(units.groups, units.asym);
+        let clusters = |variant: &Variant| {
+            let most = self.device.multiprocessors() as usize / variant.slices();
+            let blocks = stripes.div_ceil(variant.stripes);
+            (blocks.min(most.max(1)), blocks.div_ceil(most.max(1)))
+        };
+        // Measured on the H200: a deeper ring pays where a block has one stripe with many units, and nowhere else.
+        let one_long_round = clusters(&SHALLOW).1 == 1 && units.k_units > 4 * PARTS;
+        let order = if one_long_round { [DEEP, SHALLOW, PAIRED] } else { [SHALLOW, DEEP, PAIRED] };
+        for variant in order {
+            let (clusters, rounds) = clusters(&variant);
+            let shared = variant.shared_memory(unit, units.k_units, rows, rounds);
+            if shared <= self.device.shared_memory() {
+                let function =
+                    self.device.images().function(image, variant.entry, self.device.shared_memory())?;
+                let shape = Launch {
+                    grid: ((clusters * variant.slices()) as u32, 1),
+                    threads: (variant.warps() * 32) as u32,
+                    shared,
+                    cluster: variant.slices() as u32,
+                    programmatic: true,
+                };
+                return Ok(Some(Plan { function, rows, shape }));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
+        let WeightFormat::Gptq { bits, group_size, .. } = spec.weight else {
+            return Err(Unsupported::WeightFormat);
+        };
+        if bits != Bits::B4 {
+            return Err(Unsupported::Bits { bits: bits.get() });
+        }
+        // Smaller groups would be more padding than weight.
+        if group_size < 32 && group_size < spec.in_features {
+            return Err(Unsupported::GroupSize { group_size });
+        }
+        // One row of x has to fit in the shared memory of a cluster, whatever padding the groups need.
+        if spec.in_features > 1 << 16 || spec.out_features >= 1 << 24 {
+            let (in_features, out_features) = (spec.in_features, spec.out_features);
+            return Err(Unsupported::Shape { in_features, out_features });
+        }
+        Ok(())
+    }
+
+    fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
+        let spec = LinearSpec::of(weight);
+        let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
+        self.supports(&spec).map_err(unsupported)?;
+        let units = Units::pack(weight);
+        let stripes = spec.out_features.div_ceil(STRIPE);
+        let zero = if units.asym { "asym" } else { "sym" };
+        let image = format!("gemv-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
+        let mut plans = Vec::new();
+        for rows in (1..=ROWS).rev() {
+            plans.extend(self.plan(&image, &units, stripes, rows)?);
+        }
+        let too_long = || {
+            let (in_features, out_features) = (spec.in_features, spec.out_features);
+            unsupported(Unsupported::Shape { in_features, out_features })
+        };
+        let single = plans.pop().ok_or_else(too_long)?;
+        let batch = match plans.into_iter().next() {
+            Some(plan) => plan,
+            None => self.plan(&image, &units, stripes, 1)?.ok_or_else(too_long)?,
+        };
+        let stream = self.device.stream();
+        Ok(Box::new(GemvLinear {
+            units: Resident::new(stream, &units.bytes)?,
+            gather: Resident::new(stream, units.gather.as_deref().unwrap_or_default())?,
+            bias: Resident::new::<f16>(stream, weight.bias().unwrap_or_default())?,
+            k_units: units.k_units,
+            single,
+            batch,
+            spec,
+            element: PhantomData::<T>,
+        }))
+    }
+
+    /// `code - zero` and its product with an activation are exact. The tensor core adds 16 products to an accumulator by
+    /// aligning all 17 terms to the largest and cutting them off, at least 24 bits below its leading one (Fasi, Higham,
+    /// Mikaitis, Pranesh, *Numerical behavior of NVIDIA tensor cores*, 2021): at most 17 errors of `2^-23`, two units
+    /// each. A group is at most 8 such steps. Then come the fused multiply-adds with the scales, one for each group that
+    /// a part has, the 16 parts and the bias.
+    ///
+    /// In a group, sums are of `x (code - zero)`, and the scale is the group's own, so the errors are relative to
+    /// `sum |x w|` as they are.
+    fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {
+        let shortest_group = 32;
+        let groups_of_a_part = (2 * spec.in_features.div_ceil(PARTS)).div_ceil(shortest_group) + 4;
+        output_bound::<T>(ErrorBound::float32(8 * 17 * 2 + groups_of_a_part + PARTS + 1))
+    }
+}
+
+impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
+    fn spec(&self) -> &LinearSpec {
+        &self.spec
+    }
+
+    fn kernel(&self) -> &'static str {
+        NAME
+    }
+
+    fn weight_bytes(&self) -> usize {
+        [&self.units, &self.gather, &self.bias].map(Resident::bytes).iter().sum()
+    }
+
+    fn workspace_len(&self, _: usize) -> usize {
+        0
+    }
+
+    fn forward(
+        &self,
+        x: MatRef<'_, CudaDevice<T>>,
+        y: MatMut<'_, CudaDevice<T>>,
+        _: &mut Workspace<CudaDevice<T>>,
+    ) -> Result<(), KernelError> {
+        check_operands(&self.spec, &x, &y)?;
+        let (rows, x_stride, y_stride) = (x.rows(), x.row_stride(), y.row_stride());
+        let (x, y) = (x.data(), y.into_data());
+        let size = size_of::<T>();
+        let x_vectors = x.address() % 16 == 0 && x_stride * size % 16 == 0;
+        let plan = if rows == 1 { &self.single } else { &self.batch };
+        // The stride between rows that there are not is of no use and may be anything.
+        let stride = |stride: usize| u32::try_from(stride).unwrap_or(0);
+        for start in (0..rows).step_by(plan.rows) {
+            let mut args = Args {
+                units: self.units.address(),
+                x: x.address() + (start * x_stride * size) as u64,
+                y: y.address() + (start * y_stride * size) as u64,
+                bias: self.bias.address(),
+                gather: self.gather.address(),
+                rows: (rows - start).min(plan.rows) as u32,
+                n: self.spec.out_features as u32,
+                k: self.spec.in_features as u32,
+                x_stride: stride(x_stride),
+                y_stride: stride(y_stride),
+                k_units: self.k_units as u32,
+                x_vectors: u32::from(x_vectors),
+            };
+            // SAFETY: `Args` is `GemvArgs`. units, gather and bias are the layer's own memory, of the sizes that `Units`
+            // gives them; `check_operands` has compared x and y, of these rows, with the layer; all of them outlive the
+            // stream's work, because the caller may not free what a stream uses and `Resident` waits. Weights are read
+            // before the kernel waits for earlier ones: no kernel ever writes them. The stream is that of y.
+            unsafe { plan.function.launch(NAME, plan.shape, y.stream(), &mut args) }?;
+        }
+        Ok(())
+    }
+}

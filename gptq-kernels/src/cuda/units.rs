@@ -1,0 +1,214 @@
+use gptq_format::{Bits, PackedLinear};
+use rayon::prelude::*;
+
+/// Output features of a unit.
+pub(super) const STRIPE: usize = 32;
+/// Input features of a unit.
+pub(super) const DEPTH: usize = 128;
+/// Bytes of codes in a unit.
+const CODES: usize = STRIPE * DEPTH / 2;
+
+/// A column of padding: it multiplies a zero instead of an element of `x`.
+const NONE: u32 = u32::MAX;
+
+/// A 4-bit weight repacked into units, as `cuda/unit.cuh` describes them.
+#[derive(Debug)]
+pub(super) struct Units {
+    /// `(stripes, k_units)` units of [`unit_bytes`] bytes.
+    pub(super) bytes: Vec<u8>,
+    /// Scale groups in a unit: 1, 2 or 4.
+    pub(super) groups: usize,
+    /// Whether zeros are stored; otherwise all are 8.
+    pub(super) asym: bool,
+    /// Units along the input features.
+    pub(super) k_units: usize,
+    /// Column of `x` for every input feature of the units, [`NONE`] for padding; `None` if it is the identity.
+    pub(super) gather: Option<Vec<u32>>,
+}
+
+/// Bytes of a unit with that many groups.
+pub(super) const fn unit_bytes(groups: usize, asym: bool) -> usize {
+    CODES + groups * STRIPE * if asym { 3 } else { 2 }
+}
+
+/// The order in which units hold the input features: sorted by group, every group padded to a multiple of `run`.
+struct Order {
+    run: usize,
+    /// Input feature of every column; a multiple of [`DEPTH`] of them.
+    columns: Vec<u32>,
+    /// Group of every `run` columns.
+    groups: Vec<u32>,
+}
+
+impl Order {
+    fn new(g_idx: &[u32], run: usize) -> Self {
+        let mut features: Vec<u32> = (0..g_idx.len() as u32).collect();
+        features.sort_by_key(|&feature| g_idx[feature as usize]); // stable: in order inside a group
+        let (mut columns, mut groups) = (Vec::with_capacity(features.len()), Vec::new());
+        for members in features.chunk_by(|&a, &b| g_idx[a as usize] == g_idx[b as usize]) {
+            columns.extend_from_slice(members);
+            columns.resize(columns.len().next_multiple_of(run), NONE);
+            groups.resize(columns.len() / run, g_idx[members[0] as usize]);
+        }
+        columns.resize(columns.len().next_multiple_of(DEPTH), NONE);
+        groups.resize(columns.len() / run, 0);
+        Self { run, columns, groups }
+    }
+
+    /// Of the runs that the kernels know, the one that makes the fewest bytes.
+    fn best(g_idx: &[u32], asym: bool) -> Self {
+        let orders = [128, 64, 32].map(|run| Self::new(g_idx, run));
+        let [first, rest @ ..] = orders;
+        rest.into_iter()
+            .fold(first, |best, next| if next.bytes(asym) < best.bytes(asym) { next } else { best })
+    }
+
+    /// Bytes of one stripe.
+    fn bytes(&self, asym: bool) -> usize {
+        self.columns.len() / DEPTH * unit_bytes(DEPTH / self.run, asym)
+    }
+
+    /// `None` if column `i` is feature `i`, and padding comes after the last feature alone.
+    fn gather(&self, in_features: usize) -> Option<Vec<u32>> {
+        let identity = self.columns[..in_features].iter().zip(0..).all(|(&column, i)| column == i);
+        (!identity).then(|| self.columns.clone())
+    }
+}
+
+impl Units {
+    /// Repacks a 4-bit layer.
+    pub(super) fn pack(weight: &PackedLinear) -> Self {
+        debug_assert_eq!(weight.bits(), Bits::B4);
+        let asym = !weight.is_symmetric();
+        let (inputs, outputs) = (weight.in_features(), weight.out_features());
+        let order = Order::best(weight.g_idx(), asym);
+        let k_units = order.columns.len() / DEPTH;
+        let groups = DEPTH / order.run;
+        let codes = weight.unpack_codes();
+        let zeros = weight.unpack_zeros();
+        let unit = unit_bytes(groups, asym);
+        let mut bytes = vec![0; outputs.div_ceil(STRIPE) * k_units * unit];
+        bytes.par_chunks_mut(k_units * unit).enumerate().for_each(|(stripe, bytes)| {
+            let feature = |row: usize| Some(stripe * STRIPE + row).filter(|&feature| feature < outputs);
+            for (u, unit) in bytes.chunks_mut(unit).enumerate() {
+                let (words, rest) = unit.split_at_mut(CODES);
+                let (scales, zero_points) = rest.split_at_mut(groups * STRIPE * 2);
+                for (w, word) in words.chunks_mut(4).enumerate() {
+                    let code =
+                        |row: usize, column: usize| match (feature(row), order.columns[u * DEPTH + column]) {
+                            (Some(feature), column) if column != NONE => {
+                                codes[feature * inputs + column as usize]
+                            }
+                            _ => 0,
+                        };
+                    word.copy_from_slice(&fragment_word(w, code).to_le_bytes());
+                }
+                for (i, scale) in scales.chunks_mut(2).enumerate() {
+                    let (group, row) = (order.groups[u * groups + i / STRIPE] as usize, lane_row(i % STRIPE));
+                    if let Some(feature) = feature(row) {
+                        scale.copy_from_slice(&weight.scales()[group * outputs + feature].to_le_bytes());
+                        if asym {
+                            zero_points[i] = zeros[group * outputs + feature];
+                        }
+                    }
+                }
+            }
+        });
+        Self { bytes, groups, asym, k_units, gather: order.gather(inputs) }
+    }
+}
+
+/// Row of a stripe whose scale is at place `i`: four rows of a lane side by side.
+fn lane_row(i: usize) -> usize {
+    8 * (i % 4) + i / 4
+}
+
+/// Word `w` of the codes of a unit; `code(row, column)` gives those of the unit.
+fn fragment_word(w: usize, code: impl Fn(usize, usize) -> u8) -> u32 {
+    let (fragment, lane, step) = (w / 128, w / 4 % 32, w % 4);
+    let (half_rows, half_columns) = (fragment / 2, fragment % 2);
+    let (r, t) = (lane / 4, lane % 4);
+    let mut word = 0;
+    for register in 0..4 {
+        for upper in 0..2 {
+            let row = 16 * half_rows + r + 8 * (register & 1);
+            let column =
+                64 * half_columns + 32 * (step / 2) + 8 * t + 4 * (step % 2) + register / 2 * 2 + upper;
+            word |= u32::from(code(row, column)) << (4 * register + 16 * upper);
+        }
+    }
+    word
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gptq_format::CodesRef;
+
+    #[test]
+    fn every_code_of_a_unit_has_one_place() {
+        let mut seen = vec![0; STRIPE * DEPTH];
+        let place = std::cell::RefCell::new(&mut seen);
+        for w in 0..CODES / 4 {
+            fragment_word(w, |row, column| {
+                place.borrow_mut()[row * DEPTH + column] += 1;
+                0
+            });
+        }
+        assert!(seen.iter().all(|&times| times == 1));
+        let mut rows: Vec<_> = (0..STRIPE).map(lane_row).collect();
+        rows.sort_unstable();
+        assert!(rows.into_iter().eq(0..STRIPE));
+    }
+
+    #[test]
+    fn groups_are_padded_to_the_cheapest_run() {
+        let in_order: Vec<u32> = (0..256).map(|i| i / 128).collect();
+        let order = Order::best(&in_order, false);
+        assert_eq!((order.run, order.columns.len(), order.gather(256)), (128, 256, None));
+
+        let one_group_and_a_tail = vec![0; 200];
+        let order = Order::best(&one_group_and_a_tail, false);
+        assert_eq!((order.run, order.columns.len(), order.gather(200)), (128, 256, None));
+
+        let act_order: Vec<u32> = (0..256).map(|i| i % 8).collect();
+        let order = Order::best(&act_order, true);
+        assert_eq!((order.run, order.columns.len()), (32, 256));
+        assert_eq!(order.groups, (0..8).collect::<Vec<_>>());
+        assert_eq!(order.columns[..3], [0, 8, 16]);
+        assert!(order.gather(256).is_some());
+    }
+
+    #[test]
+    fn units_hold_the_layer() {
+        let (inputs, outputs, group_size) = (130, 33, 32);
+        let groups = 130usize.div_ceil(32);
+        let codes: Vec<u8> = (0..inputs * outputs).map(|i| (i * 7 % 16) as u8).collect();
+        let zeros: Vec<u8> = (0..groups * outputs).map(|i| (i * 5 % 16) as u8).collect();
+        let scales: Vec<f32> = (0..groups * outputs).map(|i| 1.0 + i as f32 / 256.0).collect();
+        let g_idx: Vec<u32> = (0..inputs as u32).map(|i| i / 32).collect();
+        let packed = PackedLinear::pack(&CodesRef {
+            bits: Bits::B4,
+            group_size,
+            in_features: inputs,
+            out_features: outputs,
+            codes: &codes,
+            zeros: &zeros,
+            scales: &scales,
+            g_idx: &g_idx,
+            bias: None,
+        })
+        .unwrap();
+        let units = Units::pack(&packed);
+        assert_eq!((units.groups, units.asym, units.k_units, &units.gather), (4, true, 2, &None));
+        let unit = unit_bytes(4, true);
+        assert_eq!(units.bytes.len(), 2 * 2 * unit);
+
+        // Feature 32, input feature 129: second stripe, second unit, row 0, column 1. Lane 0, step 0, register 0, upper.
+        let last = &units.bytes[3 * unit..];
+        assert_eq!(last[2] & 15, codes[32 * inputs + 129]);
+        // Its group is the first of the unit; its scale and zero are the first of the group.
+        assert_eq!(last[CODES..CODES + 2], packed.scales()[4 * outputs + 32].to_le_bytes());
+        assert_eq!(last[CODES + 4 * STRIPE * 2], zeros[32 * groups + 4]);
+    }
+}

@@ -1,0 +1,383 @@
+//! Every kernel of a GPU passes the battery, and what only a GPU can do wrong. Without a GPU the tests say so and pass.
+#![cfg(feature = "cuda")]
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaStream, sys};
+use gptq_format::{Bits, CodesRef, PackedLinear};
+use gptq_kernels::{
+    Device, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, Workspace,
+    conformance::{self, Case},
+    cuda::{self, CudaDevice, Element},
+    reference::Reference,
+};
+use half::{bf16, f16};
+
+/// The first GPU, or `None` with a printed reason.
+fn gpu<T: Element>() -> Option<CudaDevice<T>> {
+    match CudaDevice::new(0) {
+        Ok(device) => Some(device),
+        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
+            println!("skipped: {reason}");
+            None
+        }
+        Err(reason) => panic!("there is a GPU, but {reason}"),
+    }
+}
+
+fn battery<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    let mut failed = Vec::new();
+    for kernel in cuda::kernels(&device) {
+        let report = conformance::run(&device, kernel.as_ref());
+        println!("{}", report.to_string().lines().next().unwrap_or_default());
+        if !report.passed() {
+            failed.push(report.to_string());
+        }
+    }
+    for (kernel, reason) in cuda::unavailable(&device) {
+        println!("{kernel}: not run, {reason}");
+    }
+    assert!(failed.is_empty(), "{}", failed.concat());
+}
+
+#[test]
+fn every_kernel_passes_the_battery_in_fp16() {
+    battery::<f16>();
+}
+
+#[test]
+fn every_kernel_passes_the_battery_in_bf16() {
+    battery::<bf16>();
+}
+
+#[test]
+fn a_device_that_is_not_there_is_named() {
+    match CudaDevice::<f16>::new(1000) {
+        Err(Unsupported::NoDriver) => println!("no driver"),
+        Err(Unsupported::NoDevice { ordinal: 1000, devices }) => println!("{devices} devices"),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("a thousand GPUs"),
+    }
+}
+
+/// A reproducible sequence.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        self.0 >> 33
+    }
+    /// In -1..1.
+    fn symmetric(&mut self) -> f32 {
+        self.next() as f32 / (1u64 << 30) as f32 - 1.0
+    }
+}
+
+/// What a test layer is made of.
+#[derive(Clone, Copy, Debug)]
+struct Layer {
+    in_features: usize,
+    out_features: usize,
+    group_size: usize,
+    scale: f32,
+    /// A code for all weights, or random ones.
+    code: Option<u8>,
+    act_order: bool,
+}
+
+impl Layer {
+    const fn new(in_features: usize, out_features: usize) -> Self {
+        Self { in_features, out_features, group_size: 128, scale: 0.01, code: None, act_order: false }
+    }
+
+    fn pack(&self) -> PackedLinear {
+        let mut random = Random(7);
+        let (inputs, outputs) = (self.in_features, self.out_features);
+        let groups = inputs.div_ceil(self.group_size);
+        let codes: Vec<u8> =
+            (0..inputs * outputs).map(|_| self.code.unwrap_or(random.next() as u8 % 16)).collect();
+        let zeros: Vec<u8> = (0..groups * outputs).map(|_| random.next() as u8 % 16).collect();
+        let scales: Vec<f32> =
+            (0..groups * outputs).map(|_| self.scale * (1.0 + random.symmetric() / 2.0)).collect();
+        let mut g_idx: Vec<u32> = (0..inputs).map(|i| (i / self.group_size) as u32).collect();
+        if self.act_order {
+            for i in (1..inputs).rev() {
+                g_idx.swap(i, random.next() as usize % (i + 1));
+            }
+        }
+        PackedLinear::pack(&CodesRef {
+            bits: Bits::B4,
+            group_size: self.group_size,
+            in_features: inputs,
+            out_features: outputs,
+            codes: &codes,
+            zeros: &zeros,
+            scales: &scales,
+            g_idx: &g_idx,
+            bias: None,
+        })
+        .unwrap()
+    }
+}
+
+/// A layer on the GPU with activations for it.
+struct Running<T: Element> {
+    device: CudaDevice<T>,
+    layer: Box<dyn Linear<CudaDevice<T>>>,
+    x: <CudaDevice<T> as Device>::Buffer,
+    /// What the device holds.
+    x_host: Vec<f32>,
+    rows: usize,
+}
+
+impl<T: Element> Running<T> {
+    fn new(
+        device: &CudaDevice<T>,
+        kernel: &dyn LinearKernel<CudaDevice<T>>,
+        packed: &PackedLinear,
+        rows: usize,
+        x: impl FnMut(usize) -> f32,
+    ) -> Result<Self, KernelError> {
+        let mut x_host: Vec<f32> = (0..rows * packed.in_features()).map(x).collect();
+        let mut x = device.alloc(x_host.len())?;
+        device.upload(&x_host, CudaDevice::slice_mut(&mut x, 0..x_host.len()))?;
+        device.download(CudaDevice::slice(&x, 0..x_host.len()), &mut x_host)?;
+        Ok(Self { device: device.clone(), layer: kernel.prepare(packed)?, x, x_host, rows })
+    }
+
+    /// `y`, in poisoned memory, on `stream`.
+    fn forward(&self) -> Result<Vec<f32>, KernelError> {
+        let (inputs, outputs) = (self.layer.spec().in_features, self.layer.spec().out_features);
+        let mut y = vec![f32::NAN; self.rows * outputs];
+        let mut buffer = self.device.alloc(y.len())?;
+        self.device.upload(&y, CudaDevice::slice_mut(&mut buffer, 0..y.len()))?;
+        self.layer.forward(
+            MatRef::new(CudaDevice::slice(&self.x, 0..self.rows * inputs), self.rows, inputs)?,
+            MatMut::new(CudaDevice::slice_mut(&mut buffer, 0..y.len()), self.rows, outputs)?,
+            &mut Workspace::new(&self.device, self.layer.workspace_len(self.rows))?,
+        )?;
+        self.device.download(CudaDevice::slice(&buffer, 0..y.len()), &mut y)?;
+        Ok(y)
+    }
+
+    /// Largest error in units of the bound; checks some rows if there are many.
+    fn worst(&self, kernel: &dyn LinearKernel<CudaDevice<T>>, packed: &PackedLinear, y: &[f32]) -> f64 {
+        let (inputs, outputs) = (packed.in_features(), packed.out_features());
+        let (reference, bound) = (Reference::new(packed), kernel.error_bound(&LinearSpec::of(packed)));
+        let mut worst = 0.0f64;
+        for row in (0..self.rows).step_by(self.rows.div_ceil(4)).chain([self.rows - 1]) {
+            for output in 0..outputs {
+                let exact = reference.element(&self.x_host[row * inputs..][..inputs], output);
+                let got = f64::from(y[row * outputs + output]);
+                let largest = T::from_f32(f32::MAX).to_f32().is_infinite() && exact.y.abs() > 65519.0;
+                let units = if largest {
+                    if got == f64::INFINITY.copysign(exact.y) { 0.0 } else { f64::INFINITY }
+                } else {
+                    (got - exact.y).abs() / bound.of(exact.magnitude, exact.y, exact.weight_sum)
+                };
+                worst = if units.is_nan() { f64::INFINITY } else { worst.max(units) };
+            }
+        }
+        worst
+    }
+}
+
+/// Runs `check` for every kernel that supports the layer.
+fn each<T: Element>(
+    layer: &Layer,
+    mut check: impl FnMut(&CudaDevice<T>, &dyn LinearKernel<CudaDevice<T>>, &PackedLinear),
+) {
+    let Some(device) = gpu::<T>() else { return };
+    let packed = layer.pack();
+    for kernel in cuda::kernels(&device) {
+        if kernel.supports(&LinearSpec::of(&packed)).is_ok() {
+            check(&device, kernel.as_ref(), &packed);
+        }
+    }
+}
+
+#[test]
+fn long_tall_and_extreme_layers_are_exact_enough() {
+    let rows = |layer: Layer, rows: usize, size: f32| (layer, rows, size);
+    let cases = [
+        rows(Layer::new(32768, 64), 3, 1.0),
+        rows(Layer::new(32768, 64), 9, 1.0),
+        rows(Layer::new(11008, 160), 8, 1.0),
+        rows(Layer::new(256, 96), 4096, 1.0),
+        rows(Layer { act_order: true, ..Layer::new(8192, 96) }, 2, 1.0),
+        rows(Layer { group_size: 48, ..Layer::new(1000, 50) }, 5, 1.0),
+        // Scales at the bottom and at the top of fp16.
+        rows(Layer { scale: 1e-6, ..Layer::new(512, 64) }, 3, 100.0),
+        rows(Layer { scale: 40000.0, ..Layer::new(512, 64) }, 3, 1e-4),
+        // Sums that fp16 cannot hold, of products that it can.
+        rows(Layer { scale: 0.5, ..Layer::new(4096, 64) }, 2, 500.0),
+        rows(Layer { code: Some(0), ..Layer::new(512, 64) }, 2, 1.0),
+        rows(Layer { code: Some(15), ..Layer::new(512, 64) }, 2, 1.0),
+    ];
+    for (layer, rows, size) in cases {
+        each::<f16>(&layer, |device, kernel, packed| {
+            let mut random = Random(3);
+            let run = Running::new(device, kernel, packed, rows, |_| size * random.symmetric()).unwrap();
+            let worst = run.worst(kernel, packed, &run.forward().unwrap());
+            assert!(worst <= 1.0, "{}, {layer:?}, {rows} rows: {worst} of the bound", kernel.name());
+        });
+    }
+}
+
+#[test]
+fn a_thousand_runs_are_equal_to_the_bit() {
+    for rows in [1, 8] {
+        each::<f16>(&Layer::new(4096, 1024), |device, kernel, packed| {
+            let mut random = Random(5);
+            let run = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
+            let first = run.forward().unwrap();
+            for _ in 0..1000 {
+                let again = run.forward().unwrap();
+                assert!(
+                    first.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{}",
+                    kernel.name()
+                );
+            }
+        });
+    }
+}
+
+#[test]
+fn activations_may_begin_anywhere() {
+    each::<bf16>(&Layer::new(640, 96), |device, kernel, packed| {
+        let (rows, inputs, outputs) = (3, packed.in_features(), packed.out_features());
+        let mut random = Random(11);
+        let run = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
+        let aligned = run.forward().unwrap();
+        for (x_stride, y_stride) in [(inputs, outputs), (inputs + 1, outputs + 5)] {
+            let mut x = device.alloc(1 + rows * x_stride).unwrap();
+            for row in 0..rows {
+                let at = 1 + row * x_stride;
+                device
+                    .upload(
+                        &run.x_host[row * inputs..][..inputs],
+                        CudaDevice::slice_mut(&mut x, at..at + inputs),
+                    )
+                    .unwrap();
+            }
+            let mut y = device.alloc(1 + rows * y_stride).unwrap();
+            run.layer
+                .forward(
+                    MatRef::with_stride(
+                        CudaDevice::slice(&x, 1..1 + rows * x_stride),
+                        rows,
+                        inputs,
+                        x_stride,
+                    )
+                    .unwrap(),
+                    MatMut::with_stride(
+                        CudaDevice::slice_mut(&mut y, 1..1 + rows * y_stride),
+                        rows,
+                        outputs,
+                        y_stride,
+                    )
+                    .unwrap(),
+                    &mut Workspace::new(device, 0).unwrap(),
+                )
+                .unwrap();
+            let mut got = vec![0.0; 1 + rows * y_stride];
+            device.download(CudaDevice::slice(&y, 0..got.len()), &mut got).unwrap();
+            for row in 0..rows {
+                assert_eq!(
+                    got[1 + row * y_stride..][..outputs],
+                    aligned[row * outputs..][..outputs],
+                    "{}, row {row}, strides {x_stride} {y_stride}",
+                    kernel.name()
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn two_streams_at_once_do_not_meet() {
+    each::<f16>(&Layer::new(4096, 2048), |device, kernel, packed| {
+        let streams: Vec<Arc<CudaStream>> =
+            (0..2).map(|_| device.stream().context().new_stream().unwrap()).collect();
+        let mut random = Random(13);
+        let layer = Running::new(device, kernel, packed, 2, |_| random.symmetric()).unwrap();
+        let alone = layer.forward().unwrap();
+        let layer = &layer;
+        std::thread::scope(|scope| {
+            for stream in &streams {
+                let device = device.with_stream(Arc::clone(stream));
+                let alone = &alone;
+                scope.spawn(move || {
+                    let (inputs, outputs) = (packed.in_features(), packed.out_features());
+                    let mut buffer = device.alloc(2 * outputs).unwrap();
+                    let mut x = device.alloc(2 * inputs).unwrap();
+                    device.upload(&layer.x_host, CudaDevice::slice_mut(&mut x, 0..2 * inputs)).unwrap();
+                    let mut workspace = Workspace::new(&device, 0).unwrap();
+                    for _ in 0..50 {
+                        for _ in 0..20 {
+                            layer
+                                .layer
+                                .forward(
+                                    MatRef::new(CudaDevice::slice(&x, 0..2 * inputs), 2, inputs).unwrap(),
+                                    MatMut::new(
+                                        CudaDevice::slice_mut(&mut buffer, 0..2 * outputs),
+                                        2,
+                                        outputs,
+                                    )
+                                    .unwrap(),
+                                    &mut workspace,
+                                )
+                                .unwrap();
+                        }
+                        let mut y = vec![0.0; 2 * outputs];
+                        device.download(CudaDevice::slice(&buffer, 0..y.len()), &mut y).unwrap();
+                        assert!(y.iter().zip(alone).all(|(a, b)| a.to_bits() == b.to_bits()));
+                    }
+                });
+            }
+        });
+    });
+}
+
+#[test]
+fn a_forward_pass_can_be_recorded_and_replayed() {
+    each::<f16>(&Layer::new(1024, 512), |device, kernel, packed| {
+        let (inputs, outputs) = (packed.in_features(), packed.out_features());
+        // A second stream switches cudarc's event tracking on, were it not for what `CudaDevice::new` does.
+        let _second = device.stream().context().new_stream().unwrap();
+        let mut random = Random(17);
+        let run = Running::new(device, kernel, packed, 1, |_| random.symmetric()).unwrap();
+        let expected = run.forward().unwrap();
+        let mut y = device.alloc(outputs).unwrap();
+        let mut workspace = Workspace::new(device, 0).unwrap();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        device.stream().begin_capture(mode).unwrap();
+        for _ in 0..3 {
+            run.layer
+                .forward(
+                    MatRef::new(CudaDevice::slice(&run.x, 0..inputs), 1, inputs).unwrap(),
+                    MatMut::new(CudaDevice::slice_mut(&mut y, 0..outputs), 1, outputs).unwrap(),
+                    &mut workspace,
+                )
+                .unwrap();
+        }
+        let flags = sys::CUgraphInstantiate_flags(0);
+        let graph = device.stream().end_capture(flags).unwrap().expect("something was recorded");
+        graph.launch().unwrap();
+        let mut got = vec![0.0; outputs];
+        device.download(CudaDevice::slice(&y, 0..outputs), &mut got).unwrap();
+        assert_eq!(got, expected, "{}", kernel.name());
+    });
+}
+
+#[test]
+fn the_battery_has_layers_for_every_kernel() {
+    let Some(device) = gpu::<f16>() else { return };
+    for kernel in cuda::kernels(&device) {
+        let case = Case::all().swap_remove(60);
+        assert!(conformance::run_cases(&device, kernel.as_ref(), &[case]).failures.is_empty());
+    }
+}
