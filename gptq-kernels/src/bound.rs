@@ -7,11 +7,11 @@ const UNIT_F32: f64 = 1.0 / (1u64 << 24) as f64;
 /// promises
 ///
 /// ```text
-/// |computed - y| <= relative * m + output * |y| + absolute * sum_i (1 + |x_i|) |w_i|
+/// |computed - y| <= relative * m + output * |y| + absolute * sum_i (1 + |x_i|) |w_i| + floor
 /// ```
 ///
 /// `relative` covers roundings of activations and of the accumulation, `output` the rounding to the element type of the
-/// device's buffers, `absolute` what is flushed to zero or lost to subnormals. It is the standard model of Higham,
+/// device's buffers, `absolute` what is flushed to zero or lost to subnormals on the way, `floor` the same of the result. It is the standard model of Higham,
 /// *Accuracy and Stability of Numerical Algorithms*, chapters 2 and 3.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ErrorBound {
@@ -21,6 +21,8 @@ pub struct ErrorBound {
     pub output: f64,
     /// Absolute, per unit of weight.
     pub absolute: f64,
+    /// Absolute: half the distance of the subnormal numbers of the element type.
+    pub floor: f64,
 }
 
 impl ErrorBound {
@@ -31,7 +33,7 @@ impl ErrorBound {
     /// `absolute` allows the latter.
     pub fn float32(roundings: usize) -> Self {
         let nu = roundings as f64 * UNIT_F32;
-        Self { relative: nu / (1.0 - nu), output: 0.0, absolute: f64::from(f32::MIN_POSITIVE) }
+        Self { relative: nu / (1.0 - nu), output: 0.0, absolute: f64::from(f32::MIN_POSITIVE), floor: 0.0 }
     }
 
     /// Adds a relative error of each activation: its rounding to a shorter type.
@@ -41,10 +43,12 @@ impl ErrorBound {
         self
     }
 
-    /// Adds the rounding of the result to an element type with unit roundoff `unit`.
+    /// Adds the rounding of the result to an element type with unit roundoff `unit`, which among subnormal numbers is an
+    /// absolute error of at most `floor`.
     #[must_use]
-    pub fn with_output_error(mut self, unit: f64) -> Self {
+    pub fn with_output_error(mut self, unit: f64, floor: f64) -> Self {
         self.output += unit;
+        self.floor += floor;
         self.relative *= 1.0 + unit;
         self
     }
@@ -52,6 +56,6 @@ impl ErrorBound {
     /// The bound for one element of `magnitude = sum |x w| + |b|`, exact value `y` and
     /// `weight_sum = sum (1 + |x|) |w|`.
     pub fn of(&self, magnitude: f64, y: f64, weight_sum: f64) -> f64 {
-        self.relative * magnitude + self.output * y.abs() + self.absolute * weight_sum
+        self.relative * magnitude + self.output * y.abs() + self.absolute * weight_sum + self.floor
     }
 }

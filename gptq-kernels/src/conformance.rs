@@ -33,6 +33,9 @@ use crate::{Device, KernelError, Linear, LinearKernel, MatMut, MatRef, Workspace
 /// activations to bfloat16 costs is already 2^-9.
 pub const LOOSEST_BOUND: f64 = 1.0 / 128.0;
 
+/// Half the distance of the subnormal numbers of fp16, the shortest type of activations.
+const COARSEST_FLOOR: f64 = 1.0 / (1u64 << 25) as f64;
+
 /// Elements behind each row of `y` that no kernel may touch.
 const MARGIN: usize = 3;
 
@@ -103,7 +106,10 @@ impl<D: Device> CaseRun<'_, D> {
         let bound = self.kernel.error_bound(&data.spec);
         let loose = bound.relative + bound.output;
         // The comparison is this way round so that a bound of NaN fails too.
-        if !(loose <= LOOSEST_BOUND && bound.absolute <= f64::from(f32::EPSILON)) {
+        if !(loose <= LOOSEST_BOUND
+            && bound.absolute <= f64::from(f32::EPSILON)
+            && bound.floor <= COARSEST_FLOOR)
+        {
             self.fail(rows, Defect::LooseBound(loose));
         }
 

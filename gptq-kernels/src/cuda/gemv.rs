@@ -258,7 +258,7 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
         let (rows, x_stride, y_stride) = (x.rows(), x.row_stride(), y.row_stride());
         let (x, y) = (x.data(), y.into_data());
         let size = size_of::<T>();
-        let x_vectors = x.address() % 16 == 0 && x_stride * size % 16 == 0;
+        let x_vectors = x.address().is_multiple_of(16) && (x_stride * size).is_multiple_of(16);
         let plan = if rows == 1 { &self.single } else { &self.batch };
         // The stride between rows that there are not is of no use and may be anything.
         let stride = |stride: usize| u32::try_from(stride).unwrap_or(0);

@@ -104,9 +104,8 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Plain<T> {
 }
 
 /// Adds the rounding to the element type, subnormal numbers included.
-pub(super) fn output_bound<T: Element>(mut bound: ErrorBound) -> ErrorBound {
-    bound.absolute += T::SUBNORMAL;
-    bound.with_output_error(T::UNIT)
+pub(super) fn output_bound<T: Element>(bound: ErrorBound) -> ErrorBound {
+    bound.with_output_error(T::UNIT, T::SUBNORMAL)
 }
 
 impl<T: Element> Linear<CudaDevice<T>> for PlainLinear<T> {
