@@ -1,5 +1,7 @@
 //! Every kernel of a GPU passes the battery, and what only a GPU can do wrong. Without a GPU the tests say so and pass.
 #![cfg(feature = "cuda")]
+// clippy.toml allows both in tests, but not in the functions that tests share.
+#![allow(clippy::print_stdout, clippy::unwrap_used)]
 
 use std::sync::Arc;
 
