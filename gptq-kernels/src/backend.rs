@@ -24,6 +24,11 @@ pub trait Backend: Device + Sized {
     /// Tokens in one page of the key-value store.
     const PAGE_LEN: usize;
 
+    /// Runs `work`, a series of operations, from where they start fastest: inside the thread pool, say.
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
+
     /// Kernels for linear layers, quantised and dense, that run on this machine, the preferred one first.
     fn kernels(&self) -> Vec<Box<dyn LinearKernel<Self>>>;
 

@@ -44,8 +44,8 @@ pub struct LlamaConfig {
     pub o_bias: bool,
     /// gate, up and down have biases.
     pub mlp_bias: bool,
-    /// Sliding window of attention, and the first layer that has it.
-    pub sliding_window: Option<SlidingWindow>,
+    /// For each layer, how many tokens attention sees, the current one included; `None` for all.
+    pub windows: Vec<Option<usize>>,
     /// First token of a sequence.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a sequence.
@@ -62,15 +62,6 @@ pub enum Family {
     Mistral,
     /// Qwen2: Llama with biases on q, k and v.
     Qwen2,
-}
-
-/// Attention that looks back a limited number of tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SlidingWindow {
-    /// A token sees itself and `tokens - 1` before it.
-    pub tokens: usize,
-    /// Layers before this one see everything.
-    pub first_layer: usize,
 }
 
 /// Why a configuration cannot be used.
@@ -162,6 +153,9 @@ impl LlamaConfig {
             return Err(json.value("head_dim", "must be even for rotary embeddings"));
         }
         let layers = json.positive("num_hidden_layers")?;
+        if layers > MAX_LAYERS {
+            return Err(json.value("num_hidden_layers", "must be at most 65536"));
+        }
         let eps = json.number_or("rms_norm_eps", 1e-6)?;
         if !(0.0..1.0).contains(&eps) {
             return Err(json.value("rms_norm_eps", "must be in [0, 1)"));
@@ -186,7 +180,7 @@ impl LlamaConfig {
             qkv_bias: attention_bias || family == Family::Qwen2,
             o_bias: attention_bias,
             mlp_bias: json.bool_or("mlp_bias", false)?,
-            sliding_window: sliding_window(&json, family, layers)?,
+            windows: windows(&json, family, layers)?,
             bos_token_id: json.tokens("bos_token_id")?.first().copied(),
             eos_token_ids: json.tokens("eos_token_id")?,
         })
@@ -201,30 +195,39 @@ impl LlamaConfig {
     pub fn kv_features(&self) -> usize {
         self.kv_heads * self.head_dim
     }
-
-    /// The window of a layer, if it has one.
-    pub fn window(&self, layer: usize) -> Option<usize> {
-        self.sliding_window.filter(|window| layer >= window.first_layer).map(|window| window.tokens)
-    }
 }
 
-/// Mistral slides in every layer unless the key is null; Qwen2 only if `use_sliding_window`, from `max_window_layers`
-/// on.
-fn sliding_window(
-    json: &Object<'_>,
-    family: Family,
-    layers: usize,
-) -> Result<Option<SlidingWindow>, ConfigError> {
+/// Above all models that exist; keeps a damaged file from asking for absurd amounts of memory.
+const MAX_LAYERS: usize = 1 << 16;
+
+/// `layer_types` decides where it is given (transformers 5). Without it Mistral slides in every layer unless the key is
+/// null, and Qwen2 only if `use_sliding_window`, from `max_window_layers` on.
+fn windows(json: &Object<'_>, family: Family, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
+    let none = vec![None; layers];
     let first_layer = match family {
-        Family::Llama => return Ok(None),
+        Family::Llama => return Ok(none),
         Family::Mistral => 0,
         Family::Qwen2 if json.bool_or("use_sliding_window", false)? => {
             json.count_or("max_window_layers", layers)?
         }
-        Family::Qwen2 => return Ok(None),
+        Family::Qwen2 => return Ok(none),
     };
-    let tokens = json.optional_positive("sliding_window")?;
-    Ok(tokens.map(|tokens| SlidingWindow { tokens, first_layer }))
+    let Some(tokens) = json.optional_positive("sliding_window")? else { return Ok(none) };
+    let window = |slides| if slides { Some(tokens) } else { None };
+    match json.strings("layer_types")? {
+        None => Ok((0..layers).map(|layer| window(layer >= first_layer)).collect()),
+        Some(types) if types.len() != layers => {
+            Err(json.value("layer_types", "must have an entry for each layer"))
+        }
+        Some(types) => types
+            .into_iter()
+            .map(|name| match name {
+                "full_attention" => Ok(None),
+                "sliding_attention" => Ok(window(true)),
+                _ => Err(json.value("layer_types", "may hold full_attention and sliding_attention")),
+            })
+            .collect(),
+    }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use gptq_llama::{Feed, Llama, LoadOptions, Precision, Wanted};
 const TOLERANCE: f32 = 1e-4;
 
 fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/compat").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(name)
 }
 
 /// Largest difference between our logits and the expected ones.
@@ -30,38 +30,47 @@ fn difference(name: &str) -> f32 {
     got.iter().zip(want.iter()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-fn assert_close(names: &[&str]) {
-    let wrong: Vec<(&str, f32)> = names
-        .iter()
-        .map(|&name| (name, difference(name)))
-        .filter(|(_, d)| d.is_nan() || *d > TOLERANCE)
-        .collect();
+fn assert_close(group: &str, names: &[&str]) {
+    let differences = names.iter().map(|&name| (name, difference(&format!("{group}/{name}"))));
+    let wrong: Vec<_> = differences.filter(|(_, d)| d.is_nan() || *d > TOLERANCE).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
 }
 
 #[test]
 fn unquantised_model() {
-    assert_close(&["source"]);
+    assert_close("compat", &["source"]);
+}
+
+/// Small random models of transformers 5.23: Llama with llama3 and linear rope scaling, with and without biases; Qwen2
+/// with tied embeddings, and with a window in one layer; Mistral with a window shorter than the text. In bfloat16,
+/// float16 and float32.
+#[test]
+fn families() {
+    let names = ["linear_rope", "llama3_rope", "mistral_window", "qwen2_tied", "qwen2_window"];
+    assert_close("families", &names);
 }
 
 #[test]
 fn gptqmodel_checkpoints() {
-    assert_close(&[
-        "b2_g32",
-        "b3_g32",
-        "b8_g32",
-        "g128_plain",
-        "g32_act",
-        "g32_act_static",
-        "g32_asym_v2",
-        "g32_dyn",
-        "g32_plain",
-        "gm1_plain",
-        "min0",
-    ]);
+    assert_close(
+        "compat",
+        &[
+            "b2_g32",
+            "b3_g32",
+            "b8_g32",
+            "g128_plain",
+            "g32_act",
+            "g32_act_static",
+            "g32_asym_v2",
+            "g32_dyn",
+            "g32_plain",
+            "gm1_plain",
+            "min0",
+        ],
+    );
 }
 
 #[test]
 fn autogptq_checkpoints() {
-    assert_close(&["ag_desc_actTrue", "ag_g32"]);
+    assert_close("compat", &["ag_desc_actTrue", "ag_g32"]);
 }

@@ -60,6 +60,11 @@ impl Backend for Cpu {
 
     const PAGE_LEN: usize = step::PAGE_LEN;
 
+    /// On a thread of the pool, an operation starts without another thread having to be woken first.
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        rayon::scope(|_| work())
+    }
+
     fn kernels(&self) -> Vec<Box<dyn LinearKernel<Self>>> {
         super::kernels()
     }

@@ -65,6 +65,15 @@ impl Object<'_> {
         }
     }
 
+    pub(super) fn strings(&self, key: &str) -> Result<Option<Vec<&str>>, ConfigError> {
+        let strings = match self.get(key) {
+            None => return Ok(None),
+            Some(Value::Array(list)) => list.iter().map(Value::as_str).collect::<Option<Vec<_>>>(),
+            Some(_) => None,
+        };
+        strings.map(Some).ok_or_else(|| self.value(key, "must be a list of strings"))
+    }
+
     pub(super) fn bool_or(&self, key: &str, default: bool) -> Result<bool, ConfigError> {
         match self.get(key) {
             None => Ok(default),

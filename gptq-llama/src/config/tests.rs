@@ -19,7 +19,7 @@ fn with(base: Value, changes: Value) -> Result<LlamaConfig, ConfigError> {
 fn defaults_of_a_small_config() {
     let config = with(llama(), json!({})).unwrap();
     assert_eq!((config.kv_heads, config.head_dim, config.rope.theta), (4, 64, 10_000.0));
-    assert!(!config.tie_word_embeddings && !config.qkv_bias && config.sliding_window.is_none());
+    assert!(!config.tie_word_embeddings && !config.qkv_bias && config.windows == [None; 4]);
     assert!(config.eos_token_ids.is_empty());
 }
 
@@ -44,17 +44,20 @@ fn old_and_new_rope_keys_mean_the_same() {
 fn families_differ_in_biases_and_windows() {
     let qwen =
         with(llama(), json!({"model_type": "qwen2", "sliding_window": 100, "max_window_layers": 2})).unwrap();
-    assert!(qwen.qkv_bias && !qwen.o_bias && qwen.sliding_window.is_none());
+    assert!(qwen.qkv_bias && !qwen.o_bias && qwen.windows == [None; 4]);
     let qwen = with(
         llama(),
         json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 100, "max_window_layers": 2}),
     )
     .unwrap();
-    assert_eq!((qwen.window(1), qwen.window(2)), (None, Some(100)));
+    assert_eq!(qwen.windows, [None, None, Some(100), Some(100)]);
     let mistral = with(llama(), json!({"model_type": "mistral", "sliding_window": 4096})).unwrap();
-    assert_eq!(mistral.window(0), Some(4096));
+    assert_eq!(mistral.windows, [Some(4096); 4]);
+    let types = json!(["full_attention", "sliding_attention", "full_attention", "full_attention"]);
+    let changes = json!({"model_type": "mistral", "sliding_window": 64, "layer_types": types});
+    assert_eq!(with(llama(), changes).unwrap().windows, [None, Some(64), None, None]);
     let mistral = with(llama(), json!({"model_type": "mistral", "sliding_window": null})).unwrap();
-    assert_eq!(mistral.window(0), None);
+    assert_eq!(mistral.windows, [None; 4]);
     let biased = with(llama(), json!({"attention_bias": true, "mlp_bias": true})).unwrap();
     assert!(biased.qkv_bias && biased.o_bias && biased.mlp_bias);
 }
@@ -95,6 +98,11 @@ fn bad_values_name_their_key() {
         (json!({"rope_theta": 0.0}), "rope_theta is 0.0: must be at least 1"),
         (json!({"tie_word_embeddings": 1}), "tie_word_embeddings is 1: must be true or false"),
         (json!({"eos_token_id": -1}), "eos_token_id is -1: must be a token id or a list of them"),
+        (json!({"num_hidden_layers": 70000}), "num_hidden_layers is 70000: must be at most 65536"),
+        (
+            json!({"model_type": "mistral", "sliding_window": 9, "layer_types": ["full_attention"]}),
+            "layer_types is [\"full_attention\"]: must have an entry for each layer",
+        ),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor is 0.5: only 1 is supported"),
     ];
     for (change, message) in cases {

@@ -114,7 +114,7 @@ impl<D: Backend> Llama<D> {
         let (rows, outputs) = cache.plan(&self.device, &self.config, feeds)?;
         let workspace = self.workspace_len(rows, outputs);
         cache.scratch.reserve(&self.device, &self.config, rows, outputs, workspace)?;
-        self.run(cache, rows, outputs)?;
+        self.device.run(|| self.run(cache, rows, outputs))?;
         cache.commit(feeds);
         let matrix = mat(&cache.scratch.logits, outputs, self.config.vocab_size)?;
         Ok(Logits { device: &self.device, matrix })

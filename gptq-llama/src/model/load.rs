@@ -121,7 +121,7 @@ pub(crate) fn attention_shape(config: &LlamaConfig, layer: usize) -> AttentionSh
         heads: config.heads,
         kv_heads: config.kv_heads,
         head_dim: config.head_dim,
-        window: config.window(layer),
+        window: config.windows[layer],
     }
 }
 

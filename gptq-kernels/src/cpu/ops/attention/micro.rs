@@ -16,9 +16,8 @@ pub(super) fn scores<I: MulAdd>(
     while i < queries {
         let (q, out) = (&q[i * dim..], &mut scores[i * score_stride..]);
         let left = queries - i;
-        i += if left >= 8 {
-            score_tile::<I, 8, 2>(q, dim, keys, out, score_stride)
-        } else if left >= 4 {
+        // Four queries by a whole page: sixteen accumulators, and keys are read from memory in order, once.
+        i += if left >= 4 {
             score_tile::<I, 4, 4>(q, dim, keys, out, score_stride)
         } else if left >= 2 {
             score_tile::<I, 2, 4>(q, dim, keys, out, score_stride)
