@@ -1,6 +1,9 @@
 //! The one operation of linear algebra that GPTQ needs: from H the upper triangular U with `H^-1 = U^T U`.
 
+mod blocked;
+
 use ndarray::Array2;
+use rayon::prelude::*;
 
 use crate::error::NotPositiveDefinite;
 
@@ -27,40 +30,25 @@ impl Factorize for BlockedCholesky {
     fn inverse_cholesky(&self, damped: Array2<f64>) -> Result<Array2<f64>, NotPositiveDefinite> {
         let n = damped.nrows();
         let mut matrix = damped.as_standard_layout().into_owned().into_raw_vec_and_offset().0;
-        matrix.reverse();
-        for i in 0..n {
-            let (done, row) = matrix.split_at_mut(i * n);
-            let row = &mut row[..n];
-            for j in 0..i {
-                let above = &done[j * n..][..j + 1];
-                let dot: f64 = row[..j].iter().zip(above).map(|(a, b)| a * b).sum();
-                row[j] = (row[j] - dot) / above[j];
-            }
-            let pivot = row[i] - row[..i].iter().map(|a| a * a).sum::<f64>();
-            if pivot <= 0.0 || !pivot.is_finite() {
-                return Err(NotPositiveDefinite { index: n - 1 - i, pivot });
-            }
-            row[i] = pivot.sqrt();
-            row[i + 1..].fill(0.0);
-        }
-        for i in 0..n {
-            let (done, row) = matrix.split_at_mut(i * n);
-            let row = &mut row[..n];
-            let diagonal = row[i];
-            let mut inverse = vec![0.0; i + 1];
-            for (k, &l) in row[..i].iter().enumerate() {
-                for (sum, &x) in inverse.iter_mut().zip(&done[k * n..][..k + 1]) {
-                    *sum -= l * x;
-                }
-            }
-            inverse[i] = 1.0;
-            for (x, sum) in row.iter_mut().zip(inverse) {
-                *x = sum / diagonal;
-            }
-        }
-        matrix.reverse();
+        reverse(&mut matrix);
+        blocked::factor(&mut matrix, n)
+            .map_err(|failure| NotPositiveDefinite { index: n - 1 - failure.index, ..failure })?;
+        blocked::invert(&mut matrix, n);
+        reverse(&mut matrix);
         Ok(Array2::from_shape_vec((n, n), matrix).expect("invariant: n * n elements came in"))
     }
+}
+
+/// Reverses a slice in parallel. On a square matrix stored row by row this is `J A J`.
+fn reverse(values: &mut [f64]) {
+    const CHUNK: usize = 1 << 14;
+    let (front, back) = values.split_at_mut(values.len() / 2);
+    // An odd middle element is the first of `back`; counted from its end, chunks pair up without it.
+    front.par_chunks_mut(CHUNK).zip(back.par_rchunks_mut(CHUNK)).for_each(|(front, back)| {
+        for (a, b) in front.iter_mut().zip(back.iter_mut().rev()) {
+            std::mem::swap(a, b);
+        }
+    });
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 
 mod accumulator;
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::parallel::prelude::*;
+use ndarray::{Array2, ArrayView1, ArrayView2};
 
 pub use accumulator::{HessianAccumulator, SampleUnit};
 
@@ -103,8 +104,11 @@ impl Hessian {
 }
 
 fn check_finite(matrix: ArrayView2<'_, f64>) -> Result<(), GptqError> {
-    match matrix.indexed_iter().find(|(_, value)| !value.is_finite()) {
-        Some(((row, column), &value)) => Err(GptqError::NonFiniteHessian { row, column, value }),
+    // Without early exit inside a row, so that it vectorises.
+    let finite = |row: ArrayView1<'_, f64>| row.iter().fold(true, |finite, x| finite & x.is_finite());
+    let bad_row = matrix.outer_iter().into_par_iter().position_first(|row| !finite(row));
+    match bad_row.and_then(|row| Some(row).zip(matrix.row(row).iter().position(|x| !x.is_finite()))) {
+        Some((row, column)) => Err(GptqError::NonFiniteHessian { row, column, value: matrix[[row, column]] }),
         None => Ok(()),
     }
 }

@@ -1,6 +1,7 @@
 //! Sums outer products of calibration inputs: float32 products in short runs, float64 sums of the runs.
 
 use ndarray::{Array2, ArrayView2};
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::{Hessian, check_finite};
@@ -11,7 +12,7 @@ use crate::panel::{COLS, LANES, Lane, Real, Tile};
 const CHUNK: usize = 1024;
 
 /// Tokens whose products are summed in float32.
-const RUN: usize = 1;
+const RUN: usize = 256;
 
 /// Rows of the matrix that one task updates.
 const SLAB: usize = 8 * COLS;
@@ -58,6 +59,9 @@ pub struct HessianAccumulator {
     pending: Vec<f32>,
     /// `x~ - x` of the same tokens.
     pending_difference: Vec<f32>,
+    /// Both packings of full buffers, kept between them.
+    wide: Vec<Lane<f32>>,
+    narrow: Vec<[f32; COLS]>,
     tokens: u64,
     batches: u64,
 }
@@ -72,6 +76,8 @@ impl HessianAccumulator {
             cross_sum: None,
             pending: Vec::new(),
             pending_difference: Vec::new(),
+            wide: Vec::new(),
+            narrow: Vec::new(),
             tokens: 0,
             batches: 0,
         }
@@ -188,17 +194,10 @@ impl HessianAccumulator {
             return Err(GptqError::NoSamples);
         }
         let scale = 2.0 / samples as f64;
-        let mut matrix = self.sum;
-        for row in 0..self.in_features {
-            for column in 0..row {
-                let value = f64::from(matrix[[row, column]] as f32 * scale as f32);
-                matrix[[row, column]] = value;
-                matrix[[column, row]] = value;
-            }
-            matrix[[row, row]] = f64::from(matrix[[row, row]] as f32 * scale as f32);
-        }
+        let Self { sum: mut matrix, cross_sum, .. } = self;
+        scale_and_mirror_lower(&mut matrix, scale);
         check_finite(matrix.view())?;
-        let cross = self.cross_sum.map(|cross| cross * scale);
+        let cross = cross_sum.map(|cross| cross * scale);
         if let Some(cross) = &cross {
             check_finite(cross.view())?;
         }
@@ -210,8 +209,8 @@ impl HessianAccumulator {
             return Err(GptqError::Features { what, expected: self.in_features, found: inputs.ncols() });
         }
         for (row, values) in inputs.outer_iter().enumerate() {
-            // A sum of absolute values is finite only if all of them are; it may overflow, so look before accusing.
-            if values.iter().map(|x| x.abs()).sum::<f32>().is_finite() {
+            // Without early exit, so that it vectorises.
+            if values.iter().fold(true, |finite, x| finite & x.is_finite()) {
                 continue;
             }
             if let Some((column, &value)) = values.iter().enumerate().find(|(_, x)| !x.is_finite()) {
@@ -225,14 +224,14 @@ impl HessianAccumulator {
         if inputs.nrows() == 0 {
             return;
         }
-        let mut token = Vec::with_capacity(self.in_features);
         for (index, row) in inputs.outer_iter().enumerate() {
-            token.clear();
-            token.extend(row.iter());
             if let Some(reference) = &reference {
-                self.pending_difference.extend(reference.row(index).iter().zip(&token).map(|(r, x)| r - x));
+                self.pending_difference.extend(reference.row(index).iter().zip(row).map(|(r, x)| r - x));
             }
-            self.push_row(&token);
+            match row.as_slice() {
+                Some(token) => self.push_row(token),
+                None => self.push_row(&row.to_vec()),
+            }
         }
         self.tokens += inputs.nrows() as u64;
         self.batches += 1;
@@ -249,53 +248,52 @@ impl HessianAccumulator {
         if self.pending.is_empty() {
             return;
         }
-        let wide = pack(
-            &self.pending,
-            self.in_features,
-            |token: &[f32]| {
-                let mut lane = Lane::ZERO;
-                lane.0[..token.len()].copy_from_slice(token);
-                lane
-            },
-            LANES,
-        );
-        let narrow = |values: &[f32]| {
-            pack(
-                values,
-                self.in_features,
-                |token: &[f32]| {
-                    let mut lane = [0.0; COLS];
-                    lane[..token.len()].copy_from_slice(token);
-                    lane
-                },
-                COLS,
-            )
-        };
-        let tokens = self.pending.len() / self.in_features;
-        add_products(&mut self.sum, &narrow(&self.pending), &wide, tokens, true);
-        if let Some(cross) = &mut self.cross_sum {
-            add_products(cross, &narrow(&self.pending_difference), &wide, tokens, false);
+        let Self { in_features, sum, cross_sum, pending, pending_difference, wide, narrow, .. } = self;
+        let tokens = pending.len() / *in_features;
+        let first = wide.is_empty();
+        pack_wide(pending, *in_features, wide);
+        pack_narrow(pending, *in_features, narrow);
+        add_products(sum, narrow, wide, tokens, (true, first));
+        if let Some(cross) = cross_sum {
+            pack_narrow(pending_difference, *in_features, narrow);
+            add_products(cross, narrow, wide, tokens, (false, first));
         }
-        self.pending.clear();
-        self.pending_difference.clear();
+        pending.clear();
+        pending_difference.clear();
     }
 }
 
-/// Packs tokens into panels of `width` features: for each panel all tokens, for each token the panel's features.
-fn pack<P: Send>(
-    values: &[f32],
-    in_features: usize,
-    lane: impl Fn(&[f32]) -> P + Sync,
-    width: usize,
-) -> Vec<P> {
-    (0..in_features.div_ceil(width))
-        .into_par_iter()
-        .flat_map_iter(|panel| {
-            let features = panel * width..in_features.min((panel + 1) * width);
-            let lane = &lane;
-            values.chunks_exact(in_features).map(move |token| lane(&token[features.clone()]))
-        })
-        .collect()
+/// Packs tokens into panels of [`LANES`] features: panel by panel all tokens, for each its features of the panel.
+fn pack_wide(tokens: &[f32], in_features: usize, panels: &mut Vec<Lane<f32>>) {
+    let count = tokens.len() / in_features;
+    panels.resize(in_features.div_ceil(LANES) * count, Lane::ZERO);
+    panels.par_chunks_mut(count).enumerate().for_each(|(panel, steps)| {
+        let features = panel * LANES..in_features.min((panel + 1) * LANES);
+        for (step, token) in steps.iter_mut().zip(tokens.chunks_exact(in_features)) {
+            // What lies behind the last feature may be left over from other tokens: nobody reads such products.
+            step.0[..features.len()].copy_from_slice(&token[features.clone()]);
+        }
+    });
+}
+
+/// Packs tokens into panels of [`COLS`] features.
+fn pack_narrow(tokens: &[f32], in_features: usize, panels: &mut Vec<[f32; COLS]>) {
+    let count = tokens.len() / in_features;
+    panels.resize(in_features.div_ceil(COLS) * count, [0.0; COLS]);
+    panels.par_chunks_mut(count).enumerate().for_each(|(panel, steps)| {
+        let features = panel * COLS..in_features.min((panel + 1) * COLS);
+        let tokens = tokens.chunks_exact(in_features);
+        if features.len() == COLS {
+            // A copy of fixed size compiles to moves instead of a call.
+            for (step, token) in steps.iter_mut().zip(tokens) {
+                step.copy_from_slice(&token[features.start..features.start + COLS]);
+            }
+        } else {
+            for (step, token) in steps.iter_mut().zip(tokens) {
+                step[..features.len()].copy_from_slice(&token[features.clone()]);
+            }
+        }
+    });
 }
 
 /// `sum[i, j] += sum over tokens of rows[i] * columns[j]`, all `j` or only `j <= i`.
@@ -304,24 +302,55 @@ fn add_products(
     rows: &[[f32; COLS]],
     columns: &[Lane<f32>],
     tokens: usize,
-    lower_triangle: bool,
+    (lower_triangle, first): (bool, bool),
 ) {
     let features = sum.ncols();
     let slabs = sum.as_slice_mut().expect("invariant: made by Array2::zeros").par_chunks_mut(SLAB * features);
     let rows = rows.par_chunks(SLAB / COLS * tokens);
     // Long rows of the triangle first, so that no thread is left with the largest task at the end.
+    let arch = Arch::new();
     slabs.zip(rows).enumerate().rev().for_each(|(slab, (sum, rows))| {
+        let last_row = (slab + 1) * SLAB;
+        let last_column = if lower_triangle { features.min(last_row) } else { features };
+        arch.dispatch(AddSlab { sum, rows, columns, tokens, features, last_column, first });
+    });
+}
+
+/// One task: some rows of the sum.
+struct AddSlab<'a> {
+    sum: &'a mut [f64],
+    rows: &'a [[f32; COLS]],
+    columns: &'a [Lane<f32>],
+    tokens: usize,
+    features: usize,
+    /// Columns from here on are not wanted.
+    last_column: usize,
+    /// Whether nothing has been added yet.
+    first: bool,
+}
+
+impl WithSimd for AddSlab<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { sum, rows, columns, tokens, features, last_column, first } = self;
+        if first {
+            // Fresh memory is mapped page by page. Written before it is read, each page costs one fault; read first, as a
+            // sum would, it costs two and an interrupt to the other cores.
+            sum.chunks_exact_mut(features).for_each(|row| row[..last_column].fill(0.0));
+        }
         let mut tile: Tile<f32> = [Lane::ZERO; COLS];
         for (panel, columns) in columns.chunks_exact(tokens).enumerate() {
             let first_column = panel * LANES;
-            if lower_triangle && first_column >= (slab + 1) * SLAB {
+            if first_column >= last_column {
                 break;
             }
             let width = LANES.min(features - first_column);
             for start in (0..tokens).step_by(RUN) {
                 let run = start..tokens.min(start + RUN);
                 for (rows, sum) in rows.chunks_exact(tokens).zip(sum.chunks_mut(COLS * features)) {
-                    f32::multiply(&columns[run.clone()], &rows[run.clone()], &mut tile);
+                    f32::multiply(simd, &columns[run.clone()], &rows[run.clone()], &mut tile);
                     for (sum, products) in sum.chunks_exact_mut(features).zip(&tile) {
                         for (sum, &product) in sum[first_column..][..width].iter_mut().zip(&products.0) {
                             *sum += f64::from(product);
@@ -330,5 +359,34 @@ fn add_products(
                 }
             }
         }
-    });
+    }
+}
+
+/// Scales the lower triangle and copies it onto the upper one.
+fn scale_and_mirror_lower(matrix: &mut Array2<f64>, scale: f64) {
+    /// Rows written together: what one cache line of the rows below holds of their columns.
+    const STRIP: usize = 8;
+    let n = matrix.ncols();
+    let mut rest = matrix.as_slice_mut().expect("invariant: made by Array2::zeros");
+    rest.par_chunks_mut(n).enumerate().for_each(|(i, row)| row[..=i].iter_mut().for_each(|x| *x *= scale));
+    for first in (0..n).step_by(LANES) {
+        let height = LANES.min(n - first);
+        let (slab, below) = rest.split_at_mut(height * n);
+        slab.par_chunks_mut(STRIP * n).enumerate().for_each(|(strip, rows)| {
+            let first_column = first + strip * STRIP;
+            let rows_here = rows.len() / n;
+            for (index, source) in below.chunks_exact(n).enumerate() {
+                let source = &source[first_column..first_column + rows_here];
+                for (row, &x) in rows.chunks_exact_mut(n).zip(source) {
+                    row[first + height + index] = x;
+                }
+            }
+        });
+        for i in 0..height {
+            for j in 0..i {
+                slab[j * n + first + i] = slab[i * n + first + j];
+            }
+        }
+        rest = below;
+    }
 }

@@ -1,5 +1,7 @@
 //! The column loop for up to 64 rows, which depend on nothing but themselves and the factor.
 
+use pulp::{Arch, Simd, WithSimd};
+
 use crate::error::GptqError;
 use crate::grid::{Grid, GridRule};
 use crate::order::ColumnOrder;
@@ -34,13 +36,7 @@ impl RowChunk<'_> {
     pub(super) fn quantize(self, plan: &Plan<'_>) -> Result<f64, GptqError> {
         let columns = plan.order.column.len();
         let rows = self.weight.len() / columns;
-        let mut state = State::new(plan, self.weight, rows);
-        for (index, block) in plan.upper.iter().enumerate() {
-            state.block(plan, block, plan.correction.map(|blocks| &blocks[index]));
-        }
-        if plan.upper.is_empty() {
-            state.round_to_nearest(plan);
-        }
+        let state = Arch::new().dispatch(Solve { plan, weight: self.weight, rows });
         let groups = state.grids.len();
         for row in 0..rows {
             let codes = &mut self.codes[row * columns..][..columns];
@@ -65,6 +61,30 @@ impl RowChunk<'_> {
     }
 }
 
+/// The work on one chunk, compiled for each instruction set.
+struct Solve<'a> {
+    plan: &'a Plan<'a>,
+    weight: &'a [f32],
+    rows: usize,
+}
+
+impl WithSimd for Solve<'_> {
+    type Output = State;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> State {
+        let Self { plan, weight, rows } = self;
+        let mut state = State::new(plan, weight, rows);
+        for (index, block) in plan.upper.iter().enumerate() {
+            state.block(simd, plan, block, plan.correction.map(|blocks| &blocks[index]));
+        }
+        if plan.upper.is_empty() {
+            state.round_to_nearest(plan);
+        }
+        state
+    }
+}
+
 /// The rows in columns of 64, in the order of quantisation.
 struct State {
     /// The weight with the updates of all finished blocks.
@@ -81,6 +101,7 @@ struct State {
 }
 
 impl State {
+    #[inline(always)]
     fn new(plan: &Plan<'_>, rows_major: &[f32], rows: usize) -> Self {
         let order = plan.order;
         let columns = order.column.len();
@@ -121,7 +142,14 @@ impl State {
     }
 
     /// Quantises the columns of one block and updates those behind it.
-    fn block(&mut self, plan: &Plan<'_>, upper: &UpperBlock, correction: Option<&UpperBlock>) {
+    #[inline(always)]
+    fn block<S: Simd>(
+        &mut self,
+        simd: S,
+        plan: &Plan<'_>,
+        upper: &UpperBlock,
+        correction: Option<&UpperBlock>,
+    ) {
         let (start, width) = (upper.start, upper.width);
         self.block.clear();
         self.block.extend_from_slice(&self.weight[start..start + width]);
@@ -140,7 +168,7 @@ impl State {
             }
             self.column(plan, j, column, group, upper, correction);
         }
-        self.update_behind(upper, correction);
+        self.update_behind(simd, upper, correction);
     }
 
     /// Quantises one column and spreads its error over the rest of the block.
@@ -188,15 +216,16 @@ impl State {
     }
 
     /// The lazy update: `W[:, e:] -= E U[a:e, e:]`, and with GPTAQ `- W_block P[a:e, e:]` inside the bracket.
-    fn update_behind(&mut self, upper: &UpperBlock, correction: Option<&UpperBlock>) {
+    #[inline(always)]
+    fn update_behind<S: Simd>(&mut self, simd: S, upper: &UpperBlock, correction: Option<&UpperBlock>) {
         let behind = &mut self.weight[upper.start + upper.width..];
         let mut tile: Tile<f32> = [Lane::ZERO; COLS];
         let mut correction_tile: Tile<f32> = [Lane::ZERO; COLS];
-        let mut corrections = correction.map(|correction| correction.right_panels());
+        let mut corrections = correction.map(UpperBlock::right_panels);
         for (targets, panel) in behind.chunks_mut(COLS).zip(upper.right_panels()) {
-            f32::multiply(&self.errors, panel, &mut tile);
+            f32::multiply(simd, &self.errors, panel, &mut tile);
             if let Some(panel) = corrections.as_mut().and_then(Iterator::next) {
-                f32::multiply(&self.block, panel, &mut correction_tile);
+                f32::multiply(simd, &self.block, panel, &mut correction_tile);
                 for (product, correction) in tile.iter_mut().zip(&correction_tile) {
                     for (x, c) in product.0.iter_mut().zip(&correction.0) {
                         *x -= c;
@@ -212,6 +241,7 @@ impl State {
     }
 
     /// Every column on its group's grid, without updates.
+    #[inline(always)]
     fn round_to_nearest(&mut self, plan: &Plan<'_>) {
         for ((codes, w), &group) in self.codes.iter_mut().zip(&self.weight).zip(&plan.order.group) {
             let grid = &self.grids[group];
