@@ -1,6 +1,8 @@
 //! The CPU as a device, and its kernels.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -22,6 +24,8 @@ use std::ops::Range;
 use crate::{
     Device, KernelError, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, reference::ReferenceKernel,
 };
+#[cfg(target_arch = "x86_64")]
+use amx::AmxKernel;
 #[cfg(target_arch = "x86_64")]
 use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
@@ -56,6 +60,10 @@ fn probe() -> (Kernels, Vec<(&'static str, Unsupported)>) {
     let mut missing = Vec::new();
     #[cfg(target_arch = "x86_64")]
     {
+        match AmxKernel::new() {
+            Ok(kernel) => kernels.push(Box::new(kernel)),
+            Err(reason) => missing.push((AmxKernel::NAME, reason)),
+        }
         add(Avx512::new(), &mut kernels, &mut missing);
         add(Avx2::new(), &mut kernels, &mut missing);
     }

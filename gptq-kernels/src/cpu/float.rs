@@ -159,7 +159,7 @@ impl<S: Simd> FloatLinear<S> {
         x: Rows<'_>,
         y: &mut Columns<'_>,
     ) -> usize {
-        let mut sums = [self.bias_of(block); ROWS];
+        let mut sums = [bias_of(self.bias.as_deref(), block); ROWS];
         self.s.direct::<W, ROWS>(DirectArgs {
             lines: self.packed.block(block),
             segments: &self.packed.segments,
@@ -182,7 +182,7 @@ impl<S: Simd> FloatLinear<S> {
         for row in (0..x.rows()).step_by(PANEL_ROWS) {
             let rows = PANEL_ROWS.min(x.rows() - row);
             let sums = &mut scratch.sums[..rows];
-            sums.fill(self.bias_of(block));
+            sums.fill(bias_of(self.bias.as_deref(), block));
             let mut rest = self.packed.block(block);
             for segment in &self.packed.segments {
                 let header = self.packed.encoding.header();
@@ -223,17 +223,17 @@ impl<S: Simd> FloatLinear<S> {
         }
         ROWS
     }
+}
 
-    /// The bias of a block's outputs, where every sum starts.
-    fn bias_of(&self, block: usize) -> PanelRow {
-        let mut sums = [[0.0; TILE]; TILES];
-        if let Some(bias) = &self.bias {
-            let bias = &bias[block * BLOCK..];
-            let len = bias.len().min(BLOCK);
-            sums.as_flattened_mut()[..len].copy_from_slice(&bias[..len]);
-        }
-        sums
+/// The bias of a block's outputs, where every sum starts.
+pub(super) fn bias_of(bias: Option<&[f32]>, block: usize) -> PanelRow {
+    let mut sums = [[0.0; TILE]; TILES];
+    if let Some(bias) = bias {
+        let bias = &bias[block * BLOCK..];
+        let len = bias.len().min(BLOCK);
+        sums.as_flattened_mut()[..len].copy_from_slice(&bias[..len]);
     }
+    sums
 }
 
 /// Decoded weights and sums of one task, on its stack.

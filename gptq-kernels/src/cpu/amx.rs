@@ -1,0 +1,331 @@
+//! Matrix tiles: AMX with bfloat16 products and float32 sums, at the accuracy of float32.
+
+mod decode;
+mod tile;
+
+use gptq_format::PackedLinear;
+use rayon::prelude::*;
+
+use super::{
+    Cpu, check_operands,
+    columns::{Columns, Rows, for_each_range},
+    float::{bias_of, each_block, most_segments, write},
+    layout::{BLOCK, Encoding, Line, Packed, SEGMENT, Segment, TILES},
+    panel::PanelRow,
+};
+use crate::{
+    DenseType, DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
+    Unsupported, WeightFormat, Workspace,
+};
+use tile::{Amx, PARTS, PairRow, STEP, Sums, TILE_ROWS, Tiles};
+
+const NAME: &str = "cpu-amx-bf16x3";
+
+/// Rows that share one decoding of the weights. Their sums stay on the stack.
+const BLOCK_ROWS: usize = 64;
+
+/// Products of bfloat16 tiles, three for each activation.
+///
+/// An activation is cut into three bfloat16 parts of 8 significant bits each, whose sum it is exactly, all of one sign;
+/// `code - zero` is exact in bfloat16. So every product is exact, and what rounds is the sum alone, as in a float32
+/// kernel. One tile multiplication (`TDPBF16PS`) adds, for one output, 16 products each to two float32 sums that start
+/// at 0, then the two to one another, then the result to the tile, each with one rounding. A segment of 128 features
+/// takes four steps of three parts, so that a product passes through at most `16 + 1 + 12` roundings before the
+/// scale, where a chain of float32 operations has 128. As in the float32 kernels, `y = scale * sum + y` ends a segment.
+///
+/// Tile multiplication takes subnormal numbers for zero. A part of an activation that is subnormal, and a partial
+/// sum that is, are lost: less than `2^-126` each, for each of three parts, which `absolute` allows eightfold.
+///
+/// The arithmetic of a row is the same in every tile, so results do not depend on the number of rows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AmxKernel(Amx);
+
+impl AmxKernel {
+    pub(super) const NAME: &str = NAME;
+
+    /// Errors: [`Unsupported::CpuFeature`].
+    pub(super) fn new() -> Result<Self, Unsupported> {
+        Amx::new().map(Self)
+    }
+}
+
+impl LinearKernel<Cpu> for AmxKernel {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
+        match spec.weight {
+            WeightFormat::Gptq { .. } | WeightFormat::Dense(DenseType::Bf16) => Ok(()),
+            WeightFormat::Dense(DenseType::F16 | DenseType::F32) => Err(Unsupported::WeightFormat),
+        }
+    }
+
+    fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
+        let bias = weight.bias().map(|bias| bias.iter().map(|b| b.to_f32()).collect());
+        Ok(Box::new(AmxLinear::new(self.0, LinearSpec::of(weight), Packed::new(weight)?, bias)))
+    }
+
+    fn prepare_dense(&self, weight: &DenseWeight<'_>) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
+        weight.validate()?;
+        let spec = LinearSpec::of_dense(weight);
+        self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: NAME, reason })?;
+        let bias = weight.bias.map(<[f32]>::to_vec);
+        Ok(Box::new(AmxLinear::new(self.0, spec, Packed::dense(weight)?, bias)))
+    }
+
+    fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {
+        let products = STEP / 2 + 1 + PARTS * (SEGMENT / STEP);
+        let bound = ErrorBound::float32(products + most_segments(spec));
+        ErrorBound { absolute: 8.0 * bound.absolute, ..bound }
+    }
+}
+
+struct AmxLinear {
+    amx: Amx,
+    spec: LinearSpec,
+    packed: Packed,
+    /// Steps of all segments.
+    steps: usize,
+    bias: Option<Vec<f32>>,
+}
+
+/// Activations of a call, cut into parts: for each tile of rows, step and part, one line a row.
+#[derive(Clone, Copy)]
+struct Activations<'a> {
+    lines: &'a [[u32; 16]],
+    rows: usize,
+    /// Lines of a tile of rows.
+    tile_lines: usize,
+}
+
+fn steps(segment: &Segment) -> usize {
+    segment.len.div_ceil(STEP)
+}
+
+impl AmxLinear {
+    fn new(amx: Amx, spec: LinearSpec, packed: Packed, bias: Option<Vec<f32>>) -> Self {
+        let steps = packed.segments.iter().map(steps).sum();
+        Self { amx, spec, packed, steps, bias }
+    }
+
+    /// Rows of a tile in a call of `rows` rows.
+    fn tile_rows(rows: usize) -> usize {
+        rows.min(TILE_ROWS)
+    }
+
+    /// Cuts all activations into parts.
+    fn split<'a>(&self, x: Rows<'_>, lines: &'a mut [[u32; 16]]) -> Activations<'a> {
+        let tile_rows = Self::tile_rows(x.rows());
+        let tile_lines = self.steps * PARTS * tile_rows;
+        let lines = &mut lines[..x.rows().div_ceil(TILE_ROWS) * tile_lines];
+        let tile = |(tile, lines): (usize, &mut [[u32; 16]])| {
+            for row in 0..tile_rows {
+                self.split_row(x, tile * TILE_ROWS + row, row, tile_rows, lines);
+            }
+        };
+        if x.rows() <= TILE_ROWS {
+            lines.chunks_exact_mut(tile_lines).enumerate().for_each(tile);
+        } else {
+            lines.par_chunks_exact_mut(tile_lines).enumerate().for_each(tile);
+        }
+        Activations { lines, rows: x.rows(), tile_lines }
+    }
+
+    /// Cuts row `from` of `x`, or zeros if there is no such row, into row `row` of a tile of `tile_rows` rows.
+    fn split_row(&self, x: Rows<'_>, from: usize, row: usize, tile_rows: usize, lines: &mut [[u32; 16]]) {
+        let x = if from < x.rows() { Some(x.row(from)) } else { None };
+        let order = self.packed.order.as_deref();
+        let mut steps = lines.chunks_exact_mut(PARTS * tile_rows);
+        for segment in &self.packed.segments {
+            for start in (0..segment.len).step_by(STEP) {
+                let at = segment.start + start..segment.start + (start + STEP).min(segment.len);
+                let mut features = [0.0; STEP];
+                match (x, order) {
+                    (None, _) => {}
+                    (Some(x), None) => features[..at.len()].copy_from_slice(&x[at]),
+                    (Some(x), Some(order)) => {
+                        for (feature, &i) in features.iter_mut().zip(&order[at]) {
+                            *feature = x[i as usize];
+                        }
+                    }
+                }
+                let Some(step) = steps.next() else { return };
+                let (first, rest) = step.split_at_mut(tile_rows);
+                let (second, third) = rest.split_at_mut(tile_rows);
+                decode::split(self.amx, &features, [&mut first[row], &mut second[row], &mut third[row]]);
+            }
+        }
+    }
+
+    fn block(
+        &self,
+        block: usize,
+        x: Activations<'_>,
+        y: &mut Columns<'_>,
+        scratch: &mut Scratch,
+        tiles: &Tiles,
+    ) {
+        for start in (0..x.rows).step_by(BLOCK_ROWS) {
+            let rows = BLOCK_ROWS.min(x.rows - start);
+            let sums = &mut scratch.sums[..rows];
+            sums.fill(bias_of(self.bias.as_deref(), block));
+            let mut rest = self.packed.block(block);
+            let mut step = 0;
+            for segment in &self.packed.segments {
+                let header = self.packed.encoding.header();
+                let words = segment.len.div_ceil(self.packed.encoding.per_word()) * TILES;
+                let (head, tail) = rest.split_at(header);
+                let (words, tail) = tail.split_at(words);
+                rest = tail;
+                let (weights, scales) = self.weights(segment, head, words, &mut scratch.panel);
+                let a = Step { x, step, steps: steps(segment) };
+                multiply(self.amx, tiles, a, start, weights, &scales, &mut scratch.products, sums);
+                step += a.steps;
+            }
+            for (row, sums) in sums.iter().enumerate() {
+                write(y.row(start + row), sums);
+            }
+        }
+    }
+
+    /// The weights of a segment as pairs of bfloat16, 16 rows a step, and their scales.
+    fn weights<'a>(
+        &self,
+        segment: &Segment,
+        head: &[Line],
+        words: &'a [Line],
+        panel: &'a mut [PairRow],
+    ) -> (&'a [PairRow], PanelRow) {
+        match self.packed.encoding {
+            Encoding::Codes { bits, zeros } => {
+                decode::codes(self.amx, bits.get(), zeros, head, words, panel);
+                (panel, decode::scales(self.amx, head))
+            }
+            Encoding::Dense(_) => {
+                let (words, _) = words.as_chunks::<TILES>();
+                let needed = steps(segment) * TILE_ROWS;
+                let ones = [[1.0; 16]; TILES];
+                if words.len() == needed {
+                    return (words, ones);
+                }
+                // The last step wants whole tiles, and what lies behind belongs to others.
+                panel[..words.len()].copy_from_slice(words);
+                panel[words.len()..needed].fill([Line([0; 16]); TILES]);
+                (panel, ones)
+            }
+        }
+    }
+}
+
+/// The activations of one segment.
+#[derive(Clone, Copy)]
+struct Step<'a> {
+    x: Activations<'a>,
+    /// First step of the segment.
+    step: usize,
+    steps: usize,
+}
+
+impl<'a> Step<'a> {
+    fn tile(&self, tile: usize) -> &'a [[u32; 16]] {
+        let lines = PARTS * AmxLinear::tile_rows(self.x.rows);
+        &self.x.lines[tile * self.x.tile_lines + self.step * lines..][..self.steps * lines]
+    }
+}
+
+/// One segment of one block for the rows of `sums`, which start at row `start`.
+#[allow(clippy::too_many_arguments)]
+fn multiply(
+    amx: Amx,
+    tiles: &Tiles,
+    a: Step<'_>,
+    start: usize,
+    b: &[PairRow],
+    scales: &PanelRow,
+    products: &mut [Sums; 4],
+    sums: &mut [PanelRow],
+) {
+    let first = start / TILE_ROWS;
+    for (pair, sums) in sums.chunks_mut(2 * TILE_ROWS).enumerate() {
+        let tile = first + 2 * pair;
+        if sums.len() <= TILE_ROWS {
+            tiles.multiply_1x4(a.tile(tile), b, a.steps, products);
+            for (t, products) in products.iter().enumerate() {
+                decode::accumulate(amx, &scales[t], products, t, sums);
+            }
+            continue;
+        }
+        let (upper, lower) = sums.split_at_mut(TILE_ROWS);
+        for half in 0..2 {
+            tiles.multiply_2x2([a.tile(tile), a.tile(tile + 1)], b, half, a.steps, products);
+            for (i, products) in products.iter().enumerate() {
+                let t = 2 * half + i % 2;
+                let sums = if i < 2 { &mut *upper } else { &mut *lower };
+                decode::accumulate(amx, &scales[t], products, t, sums);
+            }
+        }
+    }
+}
+
+/// What one task needs, on its stack.
+struct Scratch {
+    /// Pairs of a segment; whole words are decoded, and a word has up to 8 pairs.
+    panel: [PairRow; SEGMENT / 2 + 8],
+    products: [Sums; 4],
+    sums: [PanelRow; BLOCK_ROWS],
+}
+
+impl Scratch {
+    fn new() -> Self {
+        Self {
+            panel: [[Line([0; 16]); TILES]; SEGMENT / 2 + 8],
+            products: [[[0.0; 16]; TILE_ROWS]; 4],
+            sums: [[[0.0; 16]; TILES]; BLOCK_ROWS],
+        }
+    }
+}
+
+impl Linear<Cpu> for AmxLinear {
+    fn spec(&self) -> &LinearSpec {
+        &self.spec
+    }
+
+    fn kernel(&self) -> &'static str {
+        NAME
+    }
+
+    fn weight_bytes(&self) -> usize {
+        self.packed.bytes()
+    }
+
+    fn workspace_len(&self, rows: usize) -> usize {
+        // One line more than needed, to start at a multiple of 64 bytes.
+        let lines = rows.div_ceil(TILE_ROWS) * self.steps * PARTS * Self::tile_rows(rows);
+        if rows == 0 { 0 } else { (lines + 1) * 16 }
+    }
+
+    fn forward(
+        &self,
+        x: MatRef<'_, Cpu>,
+        y: MatMut<'_, Cpu>,
+        workspace: &mut Workspace<Cpu>,
+    ) -> Result<(), KernelError> {
+        check_operands(&self.spec, &x, &y)?;
+        let scratch = workspace.take(self.workspace_len(x.rows()))?;
+        if x.rows() == 0 {
+            return Ok(());
+        }
+        let skip = scratch.as_ptr().align_offset(64).min(15);
+        let words: &mut [u32] = bytemuck::cast_slice_mut(&mut scratch[skip..]);
+        let x = self.split(Rows::new(x), words.as_chunks_mut::<16>().0);
+        for_each_range(Columns::new(y), BLOCK, 1, &|first, columns| {
+            let mut scratch = Scratch::new();
+            let tiles = self.amx.configure(Self::tile_rows(x.rows));
+            each_block(first, columns, |block, mut columns| {
+                self.block(block, x, &mut columns, &mut scratch, &tiles);
+            });
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,249 @@
+use std::{
+    arch::{asm, x86_64::__cpuid_count},
+    marker::PhantomData,
+    sync::OnceLock,
+};
+
+use crate::{
+    Unsupported,
+    cpu::{
+        avx512::Avx512,
+        layout::{Line, TILE, TILES},
+    },
+};
+
+/// Most rows of a tile.
+pub(super) const TILE_ROWS: usize = 16;
+/// Input features of one tile multiplication: 32 bfloat16 numbers fill a row of 64 bytes.
+pub(super) const STEP: usize = 32;
+/// Parts of an activation.
+pub(super) const PARTS: usize = 3;
+
+/// Pairs of neighbouring weights as bfloat16 for the outputs of a block.
+pub(super) type PairRow = [Line; TILES];
+/// A tile of results: rows of activations x outputs.
+pub(super) type Sums = [[f32; TILE]; TILE_ROWS];
+
+/// Tile registers with bfloat16 multiplication, and AVX-512F and BW beside them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Amx(Avx512);
+
+impl Amx {
+    /// Asks the CPU and the operating system, once per process.
+    ///
+    /// Errors: [`Unsupported::CpuFeature`].
+    pub(super) fn new() -> Result<Self, Unsupported> {
+        static PROBED: OnceLock<Result<Amx, Unsupported>> = OnceLock::new();
+        PROBED.get_or_init(probe).clone()
+    }
+
+    /// The vector instructions.
+    pub(super) fn vectors(self) -> Avx512 {
+        self.0
+    }
+
+    /// Configures this thread's tiles for activations of `rows` <= 16 rows.
+    pub(super) fn configure(self, rows: usize) -> Tiles {
+        assert!((1..=TILE_ROWS).contains(&rows), "{rows} rows in a tile");
+        let mut config =
+            Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        config.row_bytes[..8].fill(64);
+        config.rows[..7].fill(rows as u8);
+        config.rows[7] = TILE_ROWS as u8;
+        if rows == TILE_ROWS {
+            config.rows[6] = TILE_ROWS as u8;
+        }
+        // SAFETY: AMX-TILE exists and the kernel lets this process use it (`probe`); `config` is 64 bytes with palette 1,
+        // at most 16 rows and 64 bytes a row, so the instruction cannot fault. The compiler uses no tile register.
+        unsafe {
+            asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly, preserves_flags));
+        }
+        Tiles { rows, thread: PhantomData }
+    }
+}
+
+/// Operand of `ldtilecfg`.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+fn probe() -> Result<Amx, Unsupported> {
+    let vectors = Avx512::new()?;
+    if !is_x86_feature_detected!("avx512bw") {
+        return Err(Unsupported::CpuFeature { feature: "avx512bw" });
+    }
+    // Structured extended features, EDX: bit 22 is AMX-BF16, bit 24 AMX-TILE.
+    let edx = __cpuid_count(7, 0).edx;
+    for (bit, feature) in [(24, "amx-tile"), (22, "amx-bf16")] {
+        if edx & 1 << bit == 0 {
+            return Err(Unsupported::CpuFeature { feature });
+        }
+    }
+    if !allowed() {
+        return Err(Unsupported::CpuFeature { feature: "permission of the operating system for amx-tile" });
+    }
+    Ok(Amx(vectors))
+}
+
+/// Asks Linux for permission to use tile data, which it gives per process (`ARCH_REQ_XCOMP_PERM`, since 5.16).
+#[cfg(target_os = "linux")]
+fn allowed() -> bool {
+    const ARCH_PRCTL: u64 = 158;
+    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+    const XFEATURE_XTILEDATA: u64 = 18;
+    let result: i64;
+    // SAFETY: the x86-64 system call convention: number in rax, arguments in rdi and rsi, rcx and r11 are overwritten. This
+    // call takes no pointers and only lets the process use more of the register state; an old kernel returns an error.
+    unsafe {
+        asm!("syscall", inlateout("rax") ARCH_PRCTL => result, in("rdi") ARCH_REQ_XCOMP_PERM,
+             in("rsi") XFEATURE_XTILEDATA, lateout("rcx") _, lateout("r11") _, options(nostack));
+    }
+    result == 0
+}
+
+#[cfg(not(target_os = "linux"))]
+fn allowed() -> bool {
+    false
+}
+
+/// The configured tiles of this thread, released on drop.
+///
+/// Registers: `tmm0` to `tmm3` are sums; the others hold activations and, from `tmm7` down, weights.
+pub(super) struct Tiles {
+    rows: usize,
+    /// Tiles belong to a thread.
+    thread: PhantomData<*const ()>,
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: this value exists only on a thread whose tiles `configure` has set up.
+        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
+    }
+}
+
+/// Zeros tile `T`.
+macro_rules! zero {
+    ($tile:literal) => {
+        asm!(concat!("tilezero tmm", $tile), options(nostack, nomem, preserves_flags))
+    };
+}
+
+/// Loads tile `T` from rows that are `$stride` bytes apart.
+macro_rules! load {
+    ($tile:literal, $from:expr, $stride:expr) => {
+        asm!(concat!("tileloadd tmm", $tile, ", [{from} + {stride}]"), from = in(reg) $from,
+             stride = in(reg) $stride, options(nostack, readonly, preserves_flags))
+    };
+}
+
+/// Stores tile `T` to rows of 64 bytes.
+macro_rules! store {
+    ($tile:literal, $to:expr) => {
+        asm!(concat!("tilestored [{to} + {stride}], tmm", $tile), to = in(reg) $to, stride = in(reg) 64usize,
+             options(nostack, preserves_flags))
+    };
+}
+
+/// Adds the product of activations and weights to sums.
+macro_rules! dot {
+    ($sums:literal, $activations:literal, $weights:literal) => {
+        asm!(
+            concat!("tdpbf16ps tmm", $sums, ", tmm", $activations, ", tmm", $weights),
+            options(nostack, nomem, preserves_flags)
+        )
+    };
+}
+
+impl Tiles {
+    /// One tile of activations times the four tiles of a block: `sums[tile][row][output]`.
+    ///
+    /// `a` holds for each of `steps` steps and each part `rows` lines of activations, `b` 16 rows of weights for each step.
+    pub(super) fn multiply_1x4(&self, a: &[[u32; 16]], b: &[PairRow], steps: usize, sums: &mut [Sums; 4]) {
+        assert!(a.len() >= steps * PARTS * self.rows && b.len() >= steps * TILE_ROWS);
+        const WEIGHTS: usize = size_of::<PairRow>();
+        let part = self.rows * 64;
+        // SAFETY: tiles are configured: 0 to 6 with `rows` rows, 7 with 16, all with 64 bytes a row. Step `i` reads from `a`
+        // 3 * rows lines from line 3 * rows * i on, and from `b` 16 rows from row 16 * i on, of which the assertion says
+        // that they exist, and lines 0 to 3 of each. `sums` has room for 16 rows a tile. The compiler keeps no value in
+        // tile registers, and volatile assembly stays in order.
+        unsafe {
+            zero!(0);
+            zero!(1);
+            zero!(2);
+            zero!(3);
+            for step in 0..steps {
+                let a = a.as_ptr().add(step * PARTS * self.rows).cast::<u8>();
+                let b = b.as_ptr().add(step * TILE_ROWS).cast::<Line>();
+                load!(4, a, 64usize);
+                load!(5, a.add(part), 64usize);
+                load!(6, a.add(2 * part), 64usize);
+                load!(7, b, WEIGHTS);
+                dot!(0, 4, 7);
+                dot!(0, 5, 7);
+                dot!(0, 6, 7);
+                load!(7, b.add(1), WEIGHTS);
+                dot!(1, 4, 7);
+                dot!(1, 5, 7);
+                dot!(1, 6, 7);
+                load!(7, b.add(2), WEIGHTS);
+                dot!(2, 4, 7);
+                dot!(2, 5, 7);
+                dot!(2, 6, 7);
+                load!(7, b.add(3), WEIGHTS);
+                dot!(3, 4, 7);
+                dot!(3, 5, 7);
+                dot!(3, 6, 7);
+            }
+            store!(0, sums[0].as_mut_ptr());
+            store!(1, sums[1].as_mut_ptr());
+            store!(2, sums[2].as_mut_ptr());
+            store!(3, sums[3].as_mut_ptr());
+        }
+    }
+
+    /// Two tiles of activations times tiles `2 * half` and `2 * half + 1` of a block: `sums[2 * activations + weights]`. For
+    /// every output the same operations in the same order as [`multiply_1x4`](Self::multiply_1x4).
+    pub(super) fn multiply_2x2(
+        &self,
+        a: [&[[u32; 16]]; 2],
+        b: &[PairRow],
+        half: usize,
+        steps: usize,
+        sums: &mut [Sums; 4],
+    ) {
+        assert!(self.rows == TILE_ROWS && half < 2 && b.len() >= steps * TILE_ROWS);
+        assert!(a.iter().all(|a| a.len() >= steps * PARTS * TILE_ROWS));
+        const WEIGHTS: usize = size_of::<PairRow>();
+        // SAFETY: as in `multiply_1x4`, with 16 rows in every tile; tiles 2 * half and 2 * half + 1 are lines of a row of `b`.
+        unsafe {
+            zero!(0);
+            zero!(1);
+            zero!(2);
+            zero!(3);
+            for step in 0..steps {
+                let b = b.as_ptr().add(step * TILE_ROWS).cast::<Line>().add(2 * half);
+                load!(6, b, WEIGHTS);
+                load!(7, b.add(1), WEIGHTS);
+                for part in 0..PARTS {
+                    let at = (step * PARTS + part) * TILE_ROWS;
+                    load!(4, a[0].as_ptr().add(at), 64usize);
+                    dot!(0, 4, 6);
+                    dot!(1, 4, 7);
+                    load!(5, a[1].as_ptr().add(at), 64usize);
+                    dot!(2, 5, 6);
+                    dot!(3, 5, 7);
+                }
+            }
+            store!(0, sums[0].as_mut_ptr());
+            store!(1, sums[1].as_mut_ptr());
+            store!(2, sums[2].as_mut_ptr());
+            store!(3, sums[3].as_mut_ptr());
+        }
+    }
+}
