@@ -2,6 +2,7 @@
 
 mod decode;
 mod tile;
+mod weights;
 
 use gptq_format::PackedLinear;
 use rayon::prelude::*;
@@ -10,7 +11,7 @@ use super::{
     Cpu, check_operands,
     columns::{Columns, Rows, for_each_range},
     float::{bias_of, each_block, most_segments, write},
-    layout::{BLOCK, Encoding, Line, Packed, SEGMENT, Segment, TILES},
+    layout::{BLOCK, Line, Packed, SEGMENT, Segment, TILES},
     panel::PanelRow,
 };
 use crate::{
@@ -18,11 +19,14 @@ use crate::{
     Unsupported, WeightFormat, Workspace,
 };
 use tile::{Amx, PARTS, PairRow, STEP, Sums, TILE_ROWS, Tiles};
+use weights::{Panel, Weights, panel};
 
 const NAME: &str = "cpu-amx-bf16x3";
 
-/// Rows that share one decoding of the weights. Their sums stay on the stack.
-const BLOCK_ROWS: usize = 64;
+/// Rows that share one decoding of the weights.
+const BLOCK_ROWS: usize = 128;
+/// Blocks of outputs that share one reading of the activations into the first-level cache.
+const GROUP: usize = 4;
 
 /// Products of bfloat16 tiles, three for each activation.
 ///
@@ -158,132 +162,150 @@ impl AmxLinear {
         }
     }
 
-    fn block(
+    /// One block of outputs for at most 16 rows. Decoding and multiplication alternate step by step, so that vector and
+    /// tile unit work at the same time.
+    fn few_rows(
         &self,
         block: usize,
         x: Activations<'_>,
         y: &mut Columns<'_>,
-        scratch: &mut Scratch,
+        scratch: &mut Few,
         tiles: &Tiles,
     ) {
+        let sums = &mut scratch.sums[..x.rows];
+        sums.fill(bias_of(self.bias.as_deref(), block));
+        let mut rest = self.packed.block(block);
+        let mut lines = x.lines.chunks_exact(PARTS * x.rows);
+        for segment in &self.packed.segments {
+            let mut weights = self.weights(segment, &mut rest);
+            tiles.clear();
+            weights.decode(1, &mut scratch.panel);
+            for (step, a) in lines.by_ref().take(steps(segment)).enumerate() {
+                weights.decode(step + 2, &mut scratch.panel);
+                tiles.step_1x4(a, &weights.get(&scratch.panel)[step * TILE_ROWS..]);
+            }
+            tiles.store(&mut scratch.products);
+            let scales = weights.scales();
+            for (t, products) in scratch.products.iter().enumerate() {
+                decode::accumulate(self.amx, &scales[t], products, t, sums);
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            write(y.row(row), sums);
+        }
+    }
+
+    /// Up to [`GROUP`] blocks of outputs, from `first` on, for more rows. A segment is decoded for all blocks; then each
+    /// pair of row tiles, which fits in the first-level cache beside two tiles of weights, meets all of them.
+    fn many_rows(
+        &self,
+        first: usize,
+        x: Activations<'_>,
+        y: &mut Columns<'_>,
+        scratch: &mut Many,
+        tiles: &Tiles,
+    ) {
+        let blocks = y.cols().div_ceil(BLOCK);
         for start in (0..x.rows).step_by(BLOCK_ROWS) {
             let rows = BLOCK_ROWS.min(x.rows - start);
-            let sums = &mut scratch.sums[..rows];
-            sums.fill(bias_of(self.bias.as_deref(), block));
-            let mut rest = self.packed.block(block);
+            let mut rest: [&[Line]; GROUP] = [&[]; GROUP];
+            for (i, rest) in rest[..blocks].iter_mut().enumerate() {
+                *rest = self.packed.block(first + i);
+                scratch.sums[i][..rows].fill(bias_of(self.bias.as_deref(), first + i));
+            }
             let mut step = 0;
             for segment in &self.packed.segments {
-                let header = self.packed.encoding.header();
-                let words = segment.len.div_ceil(self.packed.encoding.per_word()) * TILES;
-                let (head, tail) = rest.split_at(header);
-                let (words, tail) = tail.split_at(words);
-                rest = tail;
-                let (weights, scales) = self.weights(segment, head, words, &mut scratch.panel);
-                let a = Step { x, step, steps: steps(segment) };
-                multiply(self.amx, tiles, a, start, weights, &scales, &mut scratch.products, sums);
-                step += a.steps;
-            }
-            for (row, sums) in sums.iter().enumerate() {
-                write(y.row(start + row), sums);
-            }
-        }
-    }
-
-    /// The weights of a segment as pairs of bfloat16, 16 rows a step, and their scales.
-    fn weights<'a>(
-        &self,
-        segment: &Segment,
-        head: &[Line],
-        words: &'a [Line],
-        panel: &'a mut [PairRow],
-    ) -> (&'a [PairRow], PanelRow) {
-        match self.packed.encoding {
-            Encoding::Codes { bits, zeros } => {
-                decode::codes(self.amx, bits.get(), zeros, head, words, panel);
-                (panel, decode::scales(self.amx, head))
-            }
-            Encoding::Dense(_) => {
-                let (words, _) = words.as_chunks::<TILES>();
-                let needed = steps(segment) * TILE_ROWS;
-                let ones = [[1.0; 16]; TILES];
-                if words.len() == needed {
-                    return (words, ones);
+                let steps = steps(segment);
+                let mut weights = [None; GROUP];
+                for i in 0..blocks {
+                    let mut decoded = self.weights(segment, &mut rest[i]);
+                    decoded.decode(steps, &mut scratch.panels[i]);
+                    weights[i] = Some((decoded, decoded.scales()));
                 }
-                // The last step wants whole tiles, and what lies behind belongs to others.
-                panel[..words.len()].copy_from_slice(words);
-                panel[words.len()..needed].fill([Line([0; 16]); TILES]);
-                (panel, ones)
+                for row in (0..rows).step_by(2 * TILE_ROWS) {
+                    let a = [0, 1].map(|i| x.tile((start + row) / TILE_ROWS + i, step, steps));
+                    for (i, weights) in weights.iter().enumerate() {
+                        let Some((weights, scales)) = weights else { break };
+                        let b = weights.get(&scratch.panels[i]);
+                        let sums = &mut scratch.sums[i][row..rows.min(row + 2 * TILE_ROWS)];
+                        self.pair(tiles, a, b, scales, &mut scratch.products, sums);
+                    }
+                }
+                step += steps;
+            }
+            for row in 0..rows {
+                let y = y.row(start + row).chunks_mut(BLOCK);
+                y.zip(&scratch.sums).for_each(|(y, sums)| write(y, &sums[row]));
             }
         }
     }
-}
 
-/// The activations of one segment.
-#[derive(Clone, Copy)]
-struct Step<'a> {
-    x: Activations<'a>,
-    /// First step of the segment.
-    step: usize,
-    steps: usize,
-}
-
-impl<'a> Step<'a> {
-    fn tile(&self, tile: usize) -> &'a [[u32; 16]] {
-        let lines = PARTS * AmxLinear::tile_rows(self.x.rows);
-        &self.x.lines[tile * self.x.tile_lines + self.step * lines..][..self.steps * lines]
-    }
-}
-
-/// One segment of one block for the rows of `sums`, which start at row `start`.
-#[allow(clippy::too_many_arguments)]
-fn multiply(
-    amx: Amx,
-    tiles: &Tiles,
-    a: Step<'_>,
-    start: usize,
-    b: &[PairRow],
-    scales: &PanelRow,
-    products: &mut [Sums; 4],
-    sums: &mut [PanelRow],
-) {
-    let first = start / TILE_ROWS;
-    for (pair, sums) in sums.chunks_mut(2 * TILE_ROWS).enumerate() {
-        let tile = first + 2 * pair;
+    /// One segment of one block for two row tiles, or for one if `sums` has no more rows.
+    fn pair(
+        &self,
+        tiles: &Tiles,
+        a: [&[[u32; 16]]; 2],
+        b: &[PairRow],
+        scales: &PanelRow,
+        products: &mut [Sums; 4],
+        sums: &mut [PanelRow],
+    ) {
         if sums.len() <= TILE_ROWS {
-            tiles.multiply_1x4(a.tile(tile), b, a.steps, products);
-            for (t, products) in products.iter().enumerate() {
-                decode::accumulate(amx, &scales[t], products, t, sums);
+            tiles.clear();
+            for (a, b) in a[0].chunks_exact(PARTS * TILE_ROWS).zip(b.chunks(TILE_ROWS)) {
+                tiles.step_1x4(a, b);
             }
-            continue;
+            tiles.store(products);
+            for (t, products) in products.iter().enumerate() {
+                decode::accumulate(self.amx, &scales[t], products, t, sums);
+            }
+            return;
         }
         let (upper, lower) = sums.split_at_mut(TILE_ROWS);
+        let steps = a[0].len() / (PARTS * TILE_ROWS);
         for half in 0..2 {
-            tiles.multiply_2x2([a.tile(tile), a.tile(tile + 1)], b, half, a.steps, products);
+            tiles.multiply_2x2(a, b, half, steps, products);
             for (i, products) in products.iter().enumerate() {
                 let t = 2 * half + i % 2;
                 let sums = if i < 2 { &mut *upper } else { &mut *lower };
-                decode::accumulate(amx, &scales[t], products, t, sums);
+                decode::accumulate(self.amx, &scales[t], products, t, sums);
             }
         }
     }
-}
 
-/// What one task needs, on its stack.
-struct Scratch {
-    /// Pairs of a segment; whole words are decoded, and a word has up to 8 pairs.
-    panel: [PairRow; SEGMENT / 2 + 8],
-    products: [Sums; 4],
-    sums: [PanelRow; BLOCK_ROWS],
-}
-
-impl Scratch {
-    fn new() -> Self {
-        Self {
-            panel: [[Line([0; 16]); TILES]; SEGMENT / 2 + 8],
-            products: [[[0.0; 16]; TILE_ROWS]; 4],
-            sums: [[[0.0; 16]; TILES]; BLOCK_ROWS],
-        }
+    /// The weights of a segment, taken from the front of `lines`.
+    fn weights<'a>(&self, segment: &Segment, lines: &mut &'a [Line]) -> Weights<'a> {
+        let encoding = self.packed.encoding;
+        let (head, tail) = lines.split_at(encoding.header());
+        let (words, tail) = tail.split_at(segment.len.div_ceil(encoding.per_word()) * TILES);
+        *lines = tail;
+        Weights::new(self.amx, encoding, head, words.as_chunks().0)
     }
+}
+
+impl<'a> Activations<'a> {
+    /// `steps` steps of row tile `tile` of 16 rows, from step `step` on; nothing if there is no such tile.
+    fn tile(&self, tile: usize, step: usize, steps: usize) -> &'a [[u32; 16]] {
+        let lines = PARTS * TILE_ROWS;
+        let tile = self.lines.get(tile * self.tile_lines..(tile + 1) * self.tile_lines);
+        tile.map_or(&[], |tile| &tile[step * lines..(step + steps) * lines])
+    }
+}
+
+const PRODUCTS: [Sums; 4] = [[[0.0; 16]; TILE_ROWS]; 4];
+
+/// What a task with few rows needs, on its stack.
+struct Few {
+    panel: Panel,
+    products: [Sums; 4],
+    sums: [PanelRow; TILE_ROWS],
+}
+
+/// What a task with many rows needs, on its stack: 210 KiB.
+struct Many {
+    panels: [Panel; GROUP],
+    products: [Sums; 4],
+    sums: [[PanelRow; BLOCK_ROWS]; GROUP],
 }
 
 impl Linear<Cpu> for AmxLinear {
@@ -319,13 +341,28 @@ impl Linear<Cpu> for AmxLinear {
         let skip = scratch.as_ptr().align_offset(64).min(15);
         let words: &mut [u32] = bytemuck::cast_slice_mut(&mut scratch[skip..]);
         let x = self.split(Rows::new(x), words.as_chunks_mut::<16>().0);
-        for_each_range(Columns::new(y), BLOCK, 1, &|first, columns| {
-            let mut scratch = Scratch::new();
-            let tiles = self.amx.configure(Self::tile_rows(x.rows));
-            each_block(first, columns, |block, mut columns| {
-                self.block(block, x, &mut columns, &mut scratch, &tiles);
+        if x.rows <= TILE_ROWS {
+            for_each_range(Columns::new(y), BLOCK, 1, &|first, columns| {
+                let mut scratch =
+                    Few { panel: panel(), products: PRODUCTS, sums: [[[0.0; 16]; TILES]; TILE_ROWS] };
+                let tiles = self.amx.configure(x.rows);
+                each_block(first, columns, BLOCK, |block, mut columns| {
+                    self.few_rows(block, x, &mut columns, &mut scratch, &tiles);
+                });
             });
-        });
+        } else {
+            for_each_range(Columns::new(y), BLOCK, 1, &|first, columns| {
+                let mut scratch = Many {
+                    panels: [panel(); GROUP],
+                    products: PRODUCTS,
+                    sums: [[[[0.0; 16]; TILES]; BLOCK_ROWS]; GROUP],
+                };
+                let tiles = self.amx.configure(TILE_ROWS);
+                each_block(first, columns, GROUP * BLOCK, |block, mut columns| {
+                    self.many_rows(block, x, &mut columns, &mut scratch, &tiles);
+                });
+            });
+        }
         Ok(())
     }
 }

@@ -129,12 +129,12 @@ impl<S: Simd> FloatLinear<S> {
     fn multiply<W: Format>(&self, x: Rows<'_>, y: MatMut<'_, Cpu>) {
         if x.rows() <= DIRECT_ROWS {
             for_each_range(Columns::new(y), BLOCK, 1, &|first, columns| {
-                each_block(first, columns, |block, columns| self.direct_block::<W>(block, x, columns));
+                each_block(first, columns, BLOCK, |block, columns| self.direct_block::<W>(block, x, columns));
             });
         } else {
             for_each_range(Columns::new(y), BLOCK, 1, &|first, columns| {
                 let mut scratch = PanelScratch::new();
-                each_block(first, columns, |block, columns| {
+                each_block(first, columns, BLOCK, |block, columns| {
                     self.panel_block::<W>(block, x, columns, &mut scratch);
                 });
             });
@@ -250,15 +250,19 @@ impl PanelScratch {
     }
 }
 
-/// Calls `work` for every block of a range of columns.
-pub(super) fn each_block(first: usize, columns: Columns<'_>, mut work: impl FnMut(usize, Columns<'_>)) {
-    let mut rest = columns;
-    let mut block = first;
+/// Calls `work` with the first block of every `width` columns of a range that starts at block `first`.
+pub(super) fn each_block(
+    first: usize,
+    columns: Columns<'_>,
+    width: usize,
+    mut work: impl FnMut(usize, Columns<'_>),
+) {
+    let (mut rest, mut block) = (columns, first);
     while rest.cols() > 0 {
-        let width = rest.cols().min(BLOCK);
-        let (columns, tail) = rest.split_at(width);
+        let here = rest.cols().min(width);
+        let (columns, tail) = rest.split_at(here);
         work(block, columns);
-        (block, rest) = (block + 1, tail);
+        (block, rest) = (block + here.div_ceil(BLOCK), tail);
     }
 }
 

@@ -1,5 +1,6 @@
 use std::{arch::x86_64::*, array::from_fn};
 
+use gptq_format::Bits;
 use half::bf16;
 
 use super::tile::{Amx, PairRow, Sums};
@@ -14,22 +15,29 @@ use crate::cpu::{
 /// How far ahead of its use a line is asked for, as in [`direct`](crate::cpu::direct).
 const AHEAD: usize = 64;
 
-/// Decodes the words of a segment to bfloat16, in which `code - zero` is exact: at most 8 significant bits.
+/// Decodes words of a segment to bfloat16, in which `code - zero` is exact: at most 8 significant bits.
 ///
 /// `head` is the segment's header; `panel` has room for all pairs of the words.
-pub(super) fn codes(amx: Amx, bits: u32, zeros: bool, head: &[Line], words: &[Line], panel: &mut [PairRow]) {
-    let (words, _) = words.as_chunks::<TILES>();
+#[inline(always)]
+pub(super) fn codes(
+    amx: Amx,
+    bits: Bits,
+    zeros: bool,
+    head: &[Line],
+    words: &[[Line; TILES]],
+    panel: &mut [PairRow],
+) {
     let s = amx.vectors();
     // SAFETY: `Amx` exists only where AVX-512F and AVX-512BW do.
     unsafe {
         match (bits, zeros) {
-            (2, false) => narrow::<2, false>(s, head, words, panel),
-            (2, true) => narrow::<2, true>(s, head, words, panel),
-            (3, false) => narrow::<3, false>(s, head, words, panel),
-            (3, true) => narrow::<3, true>(s, head, words, panel),
-            (4, false) => narrow::<4, false>(s, head, words, panel),
-            (4, true) => narrow::<4, true>(s, head, words, panel),
-            _ => bytes(s, zeros, head, words, panel),
+            (Bits::B2, false) => narrow::<2, false>(s, head, words, panel),
+            (Bits::B2, true) => narrow::<2, true>(s, head, words, panel),
+            (Bits::B3, false) => narrow::<3, false>(s, head, words, panel),
+            (Bits::B3, true) => narrow::<3, true>(s, head, words, panel),
+            (Bits::B4, false) => narrow::<4, false>(s, head, words, panel),
+            (Bits::B4, true) => narrow::<4, true>(s, head, words, panel),
+            (Bits::B8, _) => bytes(s, zeros, head, words, panel),
         }
     }
 }

@@ -50,9 +50,6 @@ impl Amx {
         config.row_bytes[..8].fill(64);
         config.rows[..7].fill(rows as u8);
         config.rows[7] = TILE_ROWS as u8;
-        if rows == TILE_ROWS {
-            config.rows[6] = TILE_ROWS as u8;
-        }
         // SAFETY: AMX-TILE exists and the kernel lets this process use it (`probe`); `config` is 64 bytes with palette 1,
         // at most 16 rows and 64 bytes a row, so the instruction cannot fault. The compiler uses no tile register.
         unsafe {
@@ -161,45 +158,55 @@ macro_rules! dot {
 }
 
 impl Tiles {
-    /// One tile of activations times the four tiles of a block: `sums[tile][row][output]`.
-    ///
-    /// `a` holds for each of `steps` steps and each part `rows` lines of activations, `b` 16 rows of weights for each step.
-    pub(super) fn multiply_1x4(&self, a: &[[u32; 16]], b: &[PairRow], steps: usize, sums: &mut [Sums; 4]) {
-        assert!(a.len() >= steps * PARTS * self.rows && b.len() >= steps * TILE_ROWS);
-        const WEIGHTS: usize = size_of::<PairRow>();
-        let part = self.rows * 64;
-        // SAFETY: tiles are configured: 0 to 6 with `rows` rows, 7 with 16, all with 64 bytes a row. Step `i` reads from `a`
-        // 3 * rows lines from line 3 * rows * i on, and from `b` 16 rows from row 16 * i on, of which the assertion says
-        // that they exist, and lines 0 to 3 of each. `sums` has room for 16 rows a tile. The compiler keeps no value in
-        // tile registers, and volatile assembly stays in order.
+    /// Sets the sums to zero.
+    pub(super) fn clear(&self) {
+        // SAFETY: tiles 0 to 3 are configured.
         unsafe {
             zero!(0);
             zero!(1);
             zero!(2);
             zero!(3);
-            for step in 0..steps {
-                let a = a.as_ptr().add(step * PARTS * self.rows).cast::<u8>();
-                let b = b.as_ptr().add(step * TILE_ROWS).cast::<Line>();
-                load!(4, a, 64usize);
-                load!(5, a.add(part), 64usize);
-                load!(6, a.add(2 * part), 64usize);
-                load!(7, b, WEIGHTS);
-                dot!(0, 4, 7);
-                dot!(0, 5, 7);
-                dot!(0, 6, 7);
-                load!(7, b.add(1), WEIGHTS);
-                dot!(1, 4, 7);
-                dot!(1, 5, 7);
-                dot!(1, 6, 7);
-                load!(7, b.add(2), WEIGHTS);
-                dot!(2, 4, 7);
-                dot!(2, 5, 7);
-                dot!(2, 6, 7);
-                load!(7, b.add(3), WEIGHTS);
-                dot!(3, 4, 7);
-                dot!(3, 5, 7);
-                dot!(3, 6, 7);
-            }
+        }
+    }
+
+    /// Adds one step of one tile of activations times the four tiles of a block: `a` holds `rows` lines of activations for
+    /// each part, `b` 16 rows of weights.
+    #[inline(always)]
+    pub(super) fn step_1x4(&self, a: &[[u32; 16]], b: &[PairRow]) {
+        assert!(a.len() >= PARTS * self.rows && b.len() >= TILE_ROWS);
+        const WEIGHTS: usize = size_of::<PairRow>();
+        let part = self.rows * 64;
+        let (a, b) = (a.as_ptr().cast::<u8>(), b.as_ptr().cast::<Line>());
+        // SAFETY: tiles are configured: 0 to 6 with `rows` rows, 7 with 16, all with 64 bytes a row. This reads 3 * rows lines
+        // of `a`, and lines 0 to 3 of 16 rows of `b`, of which the assertion says that they exist. The compiler keeps no
+        // value in tile registers, and volatile assembly stays in order.
+        unsafe {
+            load!(4, a, 64usize);
+            load!(5, a.add(part), 64usize);
+            load!(6, a.add(2 * part), 64usize);
+            load!(7, b, WEIGHTS);
+            dot!(0, 4, 7);
+            dot!(0, 5, 7);
+            dot!(0, 6, 7);
+            load!(7, b.add(1), WEIGHTS);
+            dot!(1, 4, 7);
+            dot!(1, 5, 7);
+            dot!(1, 6, 7);
+            load!(7, b.add(2), WEIGHTS);
+            dot!(2, 4, 7);
+            dot!(2, 5, 7);
+            dot!(2, 6, 7);
+            load!(7, b.add(3), WEIGHTS);
+            dot!(3, 4, 7);
+            dot!(3, 5, 7);
+            dot!(3, 6, 7);
+        }
+    }
+
+    /// Stores the sums: `sums[tile][row][output]`.
+    pub(super) fn store(&self, sums: &mut [Sums; 4]) {
+        // SAFETY: tiles 0 to 3 are configured, with at most 16 rows of 64 bytes; `sums` has room for 16 rows a tile.
+        unsafe {
             store!(0, sums[0].as_mut_ptr());
             store!(1, sums[1].as_mut_ptr());
             store!(2, sums[2].as_mut_ptr());
@@ -208,7 +215,7 @@ impl Tiles {
     }
 
     /// Two tiles of activations times tiles `2 * half` and `2 * half + 1` of a block: `sums[2 * activations + weights]`. For
-    /// every output the same operations in the same order as [`multiply_1x4`](Self::multiply_1x4).
+    /// every output the same operations in the same order as `steps` times [`step_1x4`](Self::step_1x4).
     pub(super) fn multiply_2x2(
         &self,
         a: [&[[u32; 16]]; 2],
@@ -220,30 +227,26 @@ impl Tiles {
         assert!(self.rows == TILE_ROWS && half < 2 && b.len() >= steps * TILE_ROWS);
         assert!(a.iter().all(|a| a.len() >= steps * PARTS * TILE_ROWS));
         const WEIGHTS: usize = size_of::<PairRow>();
-        // SAFETY: as in `multiply_1x4`, with 16 rows in every tile; tiles 2 * half and 2 * half + 1 are lines of a row of `b`.
-        unsafe {
-            zero!(0);
-            zero!(1);
-            zero!(2);
-            zero!(3);
-            for step in 0..steps {
+        self.clear();
+        for step in 0..steps {
+            // SAFETY: every tile is configured with 16 rows of 64 bytes. Step `i` reads from each of `a` 48 lines from line
+            // 48 * i on, and from `b` lines 2 * half and 2 * half + 1 of 16 rows from row 16 * i on, of which the assertions
+            // say that they exist.
+            unsafe {
                 let b = b.as_ptr().add(step * TILE_ROWS).cast::<Line>().add(2 * half);
                 load!(6, b, WEIGHTS);
                 load!(7, b.add(1), WEIGHTS);
                 for part in 0..PARTS {
                     let at = (step * PARTS + part) * TILE_ROWS;
                     load!(4, a[0].as_ptr().add(at), 64usize);
+                    load!(5, a[1].as_ptr().add(at), 64usize);
                     dot!(0, 4, 6);
                     dot!(1, 4, 7);
-                    load!(5, a[1].as_ptr().add(at), 64usize);
                     dot!(2, 5, 6);
                     dot!(3, 5, 7);
                 }
             }
-            store!(0, sums[0].as_mut_ptr());
-            store!(1, sums[1].as_mut_ptr());
-            store!(2, sums[2].as_mut_ptr());
-            store!(3, sums[3].as_mut_ptr());
         }
+        self.store(sums);
     }
 }
