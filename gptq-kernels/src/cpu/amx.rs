@@ -182,7 +182,7 @@ impl AmxLinear {
             weights.decode(1, &mut scratch.panel);
             for (step, a) in lines.by_ref().take(steps(segment)).enumerate() {
                 weights.decode(step + 2, &mut scratch.panel);
-                tiles.step_1x4(a, &weights.get(&scratch.panel)[step * TILE_ROWS..]);
+                tiles.step(a, &weights.get(&scratch.panel)[step * TILE_ROWS..], &[]);
             }
             tiles.store(&mut scratch.products);
             let scales = weights.scales();
@@ -195,8 +195,9 @@ impl AmxLinear {
         }
     }
 
-    /// Up to [`GROUP`] blocks of outputs, from `first` on, for more rows. A segment is decoded for all blocks; then each
-    /// pair of row tiles, which fits in the first-level cache beside two tiles of weights, meets all of them.
+    /// Up to [`GROUP`] blocks of outputs, from `first` on, for more rows. The weights of a segment of one block, once
+    /// decoded, stay in the first-level cache while the activations of the segment pass by; those stay in the second-level
+    /// cache for the other blocks.
     fn many_rows(
         &self,
         first: usize,
@@ -216,19 +217,16 @@ impl AmxLinear {
             let mut step = 0;
             for segment in &self.packed.segments {
                 let steps = steps(segment);
-                let mut weights = [None; GROUP];
-                for i in 0..blocks {
-                    let mut decoded = self.weights(segment, &mut rest[i]);
-                    decoded.decode(steps, &mut scratch.panels[i]);
-                    weights[i] = Some((decoded, decoded.scales()));
-                }
-                for row in (0..rows).step_by(2 * TILE_ROWS) {
-                    let a = [0, 1].map(|i| x.tile((start + row) / TILE_ROWS + i, step, steps));
-                    for (i, weights) in weights.iter().enumerate() {
-                        let Some((weights, scales)) = weights else { break };
-                        let b = weights.get(&scratch.panels[i]);
-                        let sums = &mut scratch.sums[i][row..rows.min(row + 2 * TILE_ROWS)];
-                        self.pair(tiles, a, b, scales, &mut scratch.products, sums);
+                let a = |tile: usize| x.tile(start / TILE_ROWS + tile, step, steps);
+                for (rest, sums) in rest[..blocks].iter_mut().zip(&mut scratch.sums) {
+                    let mut weights = self.weights(segment, rest);
+                    weights.decode(steps, &mut scratch.panel);
+                    let (b, scales) = (weights.get(&scratch.panel), weights.scales());
+                    for (tile, sums) in sums[..rows].chunks_mut(TILE_ROWS).enumerate() {
+                        self.tile(tiles, a(tile), b, a(tile + 1), &mut scratch.products);
+                        for (t, products) in scratch.products.iter().enumerate() {
+                            decode::accumulate(self.amx, &scales[t], products, t, sums);
+                        }
                     }
                 }
                 step += steps;
@@ -240,37 +238,22 @@ impl AmxLinear {
         }
     }
 
-    /// One segment of one block for two row tiles, or for one if `sums` has no more rows.
-    fn pair(
+    /// One segment of one block for 16 rows, with activations `a`; `next` are those of the next 16 rows.
+    fn tile(
         &self,
         tiles: &Tiles,
-        a: [&[[u32; 16]]; 2],
+        a: &[[u32; 16]],
         b: &[PairRow],
-        scales: &PanelRow,
+        next: &[[u32; 16]],
         products: &mut [Sums; 4],
-        sums: &mut [PanelRow],
     ) {
-        if sums.len() <= TILE_ROWS {
-            tiles.clear();
-            for (a, b) in a[0].chunks_exact(PARTS * TILE_ROWS).zip(b.chunks(TILE_ROWS)) {
-                tiles.step_1x4(a, b);
-            }
-            tiles.store(products);
-            for (t, products) in products.iter().enumerate() {
-                decode::accumulate(self.amx, &scales[t], products, t, sums);
-            }
-            return;
+        const LINES: usize = PARTS * TILE_ROWS;
+        tiles.clear();
+        let mut following = a.chunks_exact(LINES).skip(1).chain(next.chunks_exact(LINES));
+        for (a, b) in a.chunks_exact(LINES).zip(b.chunks_exact(TILE_ROWS)) {
+            tiles.step(a, b, following.next().unwrap_or_default());
         }
-        let (upper, lower) = sums.split_at_mut(TILE_ROWS);
-        let steps = a[0].len() / (PARTS * TILE_ROWS);
-        for half in 0..2 {
-            tiles.multiply_2x2(a, b, half, steps, products);
-            for (i, products) in products.iter().enumerate() {
-                let t = 2 * half + i % 2;
-                let sums = if i < 2 { &mut *upper } else { &mut *lower };
-                decode::accumulate(self.amx, &scales[t], products, t, sums);
-            }
-        }
+        tiles.store(products);
     }
 
     /// The weights of a segment, taken from the front of `lines`.
@@ -301,9 +284,9 @@ struct Few {
     sums: [PanelRow; TILE_ROWS],
 }
 
-/// What a task with many rows needs, on its stack: 210 KiB.
+/// What a task with many rows needs, on its stack: 152 KiB.
 struct Many {
-    panels: [Panel; GROUP],
+    panel: Panel,
     products: [Sums; 4],
     sums: [[PanelRow; BLOCK_ROWS]; GROUP],
 }
@@ -353,7 +336,7 @@ impl Linear<Cpu> for AmxLinear {
         } else {
             for_each_range(Columns::new(y), BLOCK, 1, &|first, columns| {
                 let mut scratch = Many {
-                    panels: [panel(); GROUP],
+                    panel: panel(),
                     products: PRODUCTS,
                     sums: [[[[0.0; 16]; TILES]; BLOCK_ROWS]; GROUP],
                 };

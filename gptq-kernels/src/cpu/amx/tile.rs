@@ -1,5 +1,8 @@
 use std::{
-    arch::{asm, x86_64::__cpuid_count},
+    arch::{
+        asm,
+        x86_64::{__cpuid_count, _MM_HINT_T0, _mm_prefetch},
+    },
     marker::PhantomData,
     sync::OnceLock,
 };
@@ -170,12 +173,16 @@ impl Tiles {
     }
 
     /// Adds one step of one tile of activations times the four tiles of a block: `a` holds `rows` lines of activations for
-    /// each part, `b` 16 rows of weights.
+    /// each part, `b` 16 rows of weights. `next`, the activations that will be needed next, is asked for meanwhile.
     #[inline(always)]
-    pub(super) fn step_1x4(&self, a: &[[u32; 16]], b: &[PairRow]) {
+    pub(super) fn step(&self, a: &[[u32; 16]], b: &[PairRow], next: &[[u32; 16]]) {
         assert!(a.len() >= PARTS * self.rows && b.len() >= TILE_ROWS);
         const WEIGHTS: usize = size_of::<PairRow>();
         let part = self.rows * 64;
+        for line in next {
+            // SAFETY: prefetching has no effect on memory, and SSE belongs to x86-64.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        }
         let (a, b) = (a.as_ptr().cast::<u8>(), b.as_ptr().cast::<Line>());
         // SAFETY: tiles are configured: 0 to 6 with `rows` rows, 7 with 16, all with 64 bytes a row. This reads 3 * rows lines
         // of `a`, and lines 0 to 3 of 16 rows of `b`, of which the assertion says that they exist. The compiler keeps no
@@ -212,41 +219,5 @@ impl Tiles {
             store!(2, sums[2].as_mut_ptr());
             store!(3, sums[3].as_mut_ptr());
         }
-    }
-
-    /// Two tiles of activations times tiles `2 * half` and `2 * half + 1` of a block: `sums[2 * activations + weights]`. For
-    /// every output the same operations in the same order as `steps` times [`step_1x4`](Self::step_1x4).
-    pub(super) fn multiply_2x2(
-        &self,
-        a: [&[[u32; 16]]; 2],
-        b: &[PairRow],
-        half: usize,
-        steps: usize,
-        sums: &mut [Sums; 4],
-    ) {
-        assert!(self.rows == TILE_ROWS && half < 2 && b.len() >= steps * TILE_ROWS);
-        assert!(a.iter().all(|a| a.len() >= steps * PARTS * TILE_ROWS));
-        const WEIGHTS: usize = size_of::<PairRow>();
-        self.clear();
-        for step in 0..steps {
-            // SAFETY: every tile is configured with 16 rows of 64 bytes. Step `i` reads from each of `a` 48 lines from line
-            // 48 * i on, and from `b` lines 2 * half and 2 * half + 1 of 16 rows from row 16 * i on, of which the assertions
-            // say that they exist.
-            unsafe {
-                let b = b.as_ptr().add(step * TILE_ROWS).cast::<Line>().add(2 * half);
-                load!(6, b, WEIGHTS);
-                load!(7, b.add(1), WEIGHTS);
-                for part in 0..PARTS {
-                    let at = (step * PARTS + part) * TILE_ROWS;
-                    load!(4, a[0].as_ptr().add(at), 64usize);
-                    load!(5, a[1].as_ptr().add(at), 64usize);
-                    dot!(0, 4, 6);
-                    dot!(1, 4, 7);
-                    dot!(2, 5, 6);
-                    dot!(3, 5, 7);
-                }
-            }
-        }
-        self.store(sums);
     }
 }
