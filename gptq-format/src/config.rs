@@ -2,7 +2,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::folder::{Folder, read_json};
+use crate::folder::{Folder, MAX_CONFIG, read_json};
 use crate::{Bits, FormatError};
 
 mod builder;
@@ -142,7 +142,7 @@ impl QuantizeConfig {
     pub(crate) fn find(folder: &Folder) -> Result<Option<Self>, FormatError> {
         for name in CONFIG_FILES {
             if let Some(path) = folder.locate(name)? {
-                let fields = read_json(&path)?;
+                let fields = read_json(&path, MAX_CONFIG)?;
                 return match Self::from_fields(fields) {
                     Ok(config) => Ok(Some(config)),
                     Err(source) => Err(FormatError::Config { path, source }),
@@ -150,7 +150,7 @@ impl QuantizeConfig {
             }
         }
         let Some(path) = folder.locate("config.json")? else { return Ok(None) };
-        let config = match read_json::<Map<String, Value>>(&path)?.remove(CONFIG_KEY) {
+        let config = match read_json::<Map<String, Value>>(&path, MAX_CONFIG)?.remove(CONFIG_KEY) {
             None | Some(Value::Null) => return Ok(None),
             Some(Value::Object(fields)) => Self::from_fields(fields),
             Some(other) => Err(invalid(CONFIG_KEY, &other, "an object")),

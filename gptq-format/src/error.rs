@@ -61,6 +61,12 @@ pub enum FormatError {
         /// The folder.
         dir: PathBuf,
     },
+    /// Numbered shards, but no index that lists them.
+    #[error("{} holds shards, but no model.safetensors.index.json", dir.display())]
+    NoIndex {
+        /// The folder.
+        dir: PathBuf,
+    },
     /// Only weights in Python's pickle format, which can run code when it is read.
     #[error(
         "{} is a pickled PyTorch file, which this crate does not read: load it in PyTorch and save its tensors with \

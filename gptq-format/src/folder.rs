@@ -21,8 +21,10 @@ pub(crate) const COMMITTED: &str = ".gptq-committed";
 /// The list of what a commit replaces and removes.
 pub(crate) const MANIFEST: &str = "manifest.json";
 
-/// JSON beyond this is no config: parsed, it takes some fifteen times as much memory.
-const MAX_JSON: u64 = 16 << 20;
+/// A file beyond this is no config: parsed, JSON takes some fifteen times as much memory.
+pub(crate) const MAX_CONFIG: u64 = 16 << 20;
+/// The same for an index, whose strings take some three times as much; a model of a million tensors needs this.
+pub(crate) const MAX_INDEX: u64 = 128 << 20;
 
 /// What a commit does to the folder.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -91,7 +93,7 @@ impl Folder {
 
 impl Manifest {
     pub(crate) fn read(path: &Path) -> Result<Self, FormatError> {
-        let manifest: Self = read_json(path)?;
+        let manifest: Self = read_json(path, MAX_CONFIG)?;
         match manifest.files.iter().chain(&manifest.removed).find(|name| !is_plain(name)) {
             None => Ok(manifest),
             Some(name) => Err(FormatError::ShardName { path: path.to_owned(), name: name.clone() }),
@@ -112,16 +114,16 @@ pub(crate) fn exists(path: &Path) -> Result<bool, FormatError> {
 }
 
 /// Reads a JSON file of bounded size.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, FormatError> {
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Result<T, FormatError> {
     let io = |source| FormatError::io(path, source);
     let metadata = fs::metadata(path).map_err(io)?;
     if !metadata.is_file() {
         return Err(FormatError::NotAFile { path: path.to_owned() });
     }
     let mut bytes = Vec::new();
-    fs::File::open(path).map_err(io)?.take(MAX_JSON + 1).read_to_end(&mut bytes).map_err(io)?;
-    if bytes.len() as u64 > MAX_JSON {
-        return Err(FormatError::TooLong { path: path.to_owned(), len: metadata.len(), limit: MAX_JSON });
+    fs::File::open(path).map_err(io)?.take(limit + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > limit {
+        return Err(FormatError::TooLong { path: path.to_owned(), len: metadata.len(), limit });
     }
     serde_json::from_slice(&bytes)
         .map_err(|error| FormatError::Json { path: path.to_owned(), reason: error.to_string() })

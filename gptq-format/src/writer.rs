@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{INDEX_SUFFIX, SINGLE};
 use crate::config::{CONFIG_FILES, CONFIG_KEY};
-use crate::folder::{Folder, MANIFEST, is_plain, read_json};
+use crate::folder::{Folder, MANIFEST, MAX_CONFIG, is_plain, read_json};
 use crate::{CheckpointFormat, Dtype, FormatError, PackedLinear, QuantizeConfig};
 
 mod encode;
@@ -145,7 +145,7 @@ impl CheckpointWriter {
             }
         }
         if let Some(path) = folder.locate("config.json")? {
-            self.model_config = Some(read_json(&path)?);
+            self.model_config = Some(read_json(&path, MAX_CONFIG)?);
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::folder::{Folder, is_plain, read_json};
+use crate::folder::{Folder, MAX_INDEX, is_plain, read_json};
 use crate::{FormatError, QuantizeConfig, TensorFile};
 
 pub(crate) const SINGLE: &str = "model.safetensors";
@@ -89,7 +89,7 @@ impl Weights {
 
 impl Index {
     fn read(path: &Path) -> Result<Self, FormatError> {
-        let index: Self = read_json(path)?;
+        let index: Self = read_json(path, MAX_INDEX)?;
         match index.weight_map.values().find(|shard| !is_plain(shard) || !shard.ends_with(EXTENSION)) {
             None => Ok(index),
             Some(shard) => Err(FormatError::ShardName { path: path.to_owned(), name: shard.clone() }),
@@ -128,6 +128,9 @@ pub(crate) fn find(folder: &Folder, config: Option<&QuantizeConfig>) -> Result<E
     let mut candidates = entries(&names, |name| name.starts_with("gptq_model-"));
     if candidates.is_empty() {
         candidates = entries(&names, |name| !NOT_A_MODEL.iter().any(|other| name.starts_with(other)));
+    }
+    if candidates.len() > 1 && candidates.iter().all(|(name, _)| name.contains("-of-")) {
+        return Err(FormatError::NoIndex { dir: folder.dir().to_owned() });
     }
     if candidates.len() > 1 {
         let names = candidates.into_iter().map(|(name, _)| name).collect();

@@ -69,6 +69,13 @@ fn missing_shard() {
 }
 
 #[test]
+fn missing_index() {
+    let dir = shards();
+    fs::remove_file(dir.path().join(INDEX)).expect("removes");
+    assert!(matches!(Checkpoint::open(dir.path()), Err(FormatError::NoIndex { .. })));
+}
+
+#[test]
 fn tensor_that_only_the_index_has() {
     let dir = shards();
     let error = index(dir.path(), r#"{"weight_map": {"c": "model-00001-of-00002.safetensors"}}"#);
@@ -95,6 +102,8 @@ fn tensors_beside_the_index_are_an_oddity() {
     let checkpoint = Checkpoint::open(dir.path()).expect("opens");
     assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a"]);
     assert!(checkpoint.get("b").is_none());
+    fs::write(dir.path().join(INDEX), r#"{"weight_map": {}}"#).expect("writes");
+    assert_eq!(Checkpoint::open(dir.path()).expect("opens").names().count(), 0);
 }
 
 #[test]
