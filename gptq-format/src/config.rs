@@ -274,7 +274,11 @@ impl QuantizeConfig {
     pub fn with_checkpoint_format(&self, format: CheckpointFormat) -> Self {
         let mut config = self.clone();
         config.format = Some(format);
-        config.fields.shift_remove("is_marlin_format");
+        match format {
+            // The marker by which vLLM knows such a checkpoint.
+            CheckpointFormat::Marlin => config.fields.insert("is_marlin_format".into(), true.into()),
+            _ => config.fields.shift_remove("is_marlin_format"),
+        };
         config.fields.insert("quant_method".into(), "gptq".into());
         config.fields.insert("checkpoint_format".into(), format.name().into());
         for key in ["method", "format"] {

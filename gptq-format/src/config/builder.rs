@@ -145,7 +145,9 @@ impl QuantizeConfigBuilder {
             fields.insert("dynamic".into(), Value::Object(self.dynamic));
         }
         fields.insert("meta".into(), Value::Object(self.meta));
-        QuantizeConfig::from_fields(fields)
+        let config = QuantizeConfig::from_fields(fields)?;
+        // One place knows what else a layout needs.
+        Ok(config.with_checkpoint_format(config.format.unwrap_or(default)))
     }
 }
 

@@ -30,10 +30,13 @@ pub(super) struct Staging {
     _lock: File,
     side_files: Vec<String>,
     committed: bool,
+    /// Whether the target itself was created for this checkpoint.
+    is_new: bool,
 }
 
 impl Staging {
     pub(super) fn create(target: &Path) -> Result<Self, FormatError> {
+        let is_new = !exists(target)?;
         fs::create_dir_all(target).map_err(|source| FormatError::io(target, source))?;
         recover(target)?;
         let path = target.join(STAGING);
@@ -49,7 +52,7 @@ impl Staging {
         })?;
         let lock = lock(target, &path)?;
         let target = target.to_owned();
-        Ok(Self { target, path, _lock: lock, side_files: Vec::new(), committed: false })
+        Ok(Self { target, path, _lock: lock, side_files: Vec::new(), committed: false, is_new })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -117,10 +120,15 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if !self.committed
-            && let Err(error) = fs::remove_dir_all(&self.path)
-        {
+        if self.committed {
+            return;
+        }
+        if let Err(error) = fs::remove_dir_all(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove an unfinished checkpoint");
+        }
+        if self.is_new {
+            // Fails, as it should, if somebody has put something there meanwhile.
+            let _ = fs::remove_dir(&self.target);
         }
     }
 }

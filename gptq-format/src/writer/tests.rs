@@ -156,6 +156,41 @@ fn an_abandoned_writer_leaves_the_old_checkpoint() {
 }
 
 #[test]
+fn an_abandoned_writer_leaves_no_folder() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let target = dir.path().join("new");
+    let writer = CheckpointWriter::create(&target, None, WriteOptions::default()).expect("starts");
+    assert!(target.exists());
+    drop(writer);
+    assert!(!target.exists());
+}
+
+/// As a conversion in place does: the old files are mapped while the new ones take their names.
+#[test]
+fn a_checkpoint_can_be_replaced_while_it_is_read() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    write(dir.path(), 1, u64::MAX).expect("writes");
+    fs::write(dir.path().join("config.json"), r#"{"x": 1}"#).expect("writes");
+    let old = Checkpoint::open(dir.path()).expect("opens");
+    let v2 = config().with_checkpoint_format(CheckpointFormat::GptqV2);
+    let mut writer =
+        CheckpointWriter::create(dir.path(), Some(&v2), WriteOptions::default()).expect("starts");
+    writer.carry_over(dir.path()).expect("carries over");
+    for k in 0..3 {
+        let prefix = format!("layers.{k}");
+        writer.linear(&prefix, &old.linear(&prefix).expect("reads")).expect("writes");
+    }
+    for name in ["seed", "norm"] {
+        let tensor = old.tensor(name).expect("is there");
+        writer.tensor(name, tensor.dtype(), tensor.shape(), tensor.bytes()).expect("writes");
+    }
+    writer.finish().expect("finishes");
+    assert_eq!(read(dir.path()), 1);
+    assert_eq!(QuantizeConfig::from_dir(dir.path()).expect("reads"), Some(v2));
+    assert_eq!(old.linear("layers.2").expect("still mapped"), layer(3));
+}
+
+#[test]
 fn a_second_writer_is_refused_while_the_first_lives() {
     let dir = tempfile::tempdir().expect("temporary folder");
     let first = CheckpointWriter::create(dir.path(), None, WriteOptions::default()).expect("starts");
