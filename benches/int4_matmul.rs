@@ -30,7 +30,8 @@ const ROWS: [usize; 6] = [1, 2, 4, 16, 64, 512];
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     match args.iter().position(|arg| arg == "--table") {
-        Some(at) => table(&args[at + 1..]),
+        // From inside the pool, as a decoder calls: no thread has to be woken to hand over each call.
+        Some(at) => rayon::scope(|_| table(&args[at + 1..])),
         None => {
             let mut criterion = Criterion::default().configure_from_args();
             bench(&mut criterion);

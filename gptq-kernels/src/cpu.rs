@@ -1,4 +1,15 @@
 //! The CPU as a device, and its kernels.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `layout` | the packed layout that all kernels read |
+//! | `format` | what a word of each width means |
+//! | `simd` | sixteen lanes: the trait that `avx512`, `avx2`, `neon` and `portable` implement |
+//! | `direct` | few rows: decode in registers, multiply at once |
+//! | `panel` | many rows: decode a segment, multiply it with all of them |
+//! | `float` | the float32 kernels made of these, with their arithmetic and its error |
+//! | `amx` | the tile kernel, with its arithmetic and its error |
+//! | `columns` | output columns as something that threads may share out |
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -85,8 +96,10 @@ fn add<S: Simd>(
     }
 }
 
-/// Checks `x` and `y` against the layer.
-pub(crate) fn check_operands<D: Device>(
+/// Checks `x` and `y` against the layer: the first thing that `forward` of a CPU kernel does.
+///
+/// Errors: [`KernelError::Shape`].
+pub fn check_operands<D: Device>(
     spec: &LinearSpec,
     x: &MatRef<'_, D>,
     y: &MatMut<'_, D>,

@@ -1,4 +1,4 @@
-//! Matrix multiplication on GPTQ-packed weights, behind one trait.
+#![doc = include_str!("../README.md")]
 
 mod backend;
 mod bound;

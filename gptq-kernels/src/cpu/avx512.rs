@@ -1,3 +1,8 @@
+#![allow(
+    unused_unsafe,
+    reason = "intrinsics are safe where the whole program is compiled for their instructions"
+)]
+
 use std::arch::x86_64::*;
 
 use super::{

@@ -1,3 +1,8 @@
+#![allow(
+    unused_unsafe,
+    reason = "intrinsics are safe where the whole program is compiled for their instructions"
+)]
+
 use std::{arch::aarch64::*, array::from_fn};
 
 use super::{

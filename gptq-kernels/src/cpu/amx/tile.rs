@@ -221,3 +221,102 @@ impl Tiles {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::cpu::amx::decode;
+
+    /// Finite floats of all kinds of size, the same in every run.
+    fn values(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        (0..count)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let size = f32::powi(2.0, (state >> 8 & 15) as i32 - 8);
+                (state as i32 >> 8) as f32 / 8_388_608.0 * size
+            })
+            .collect()
+    }
+
+    fn pair(even: f32, odd: f32) -> u32 {
+        u32::from(bf16::from_f32(even).to_bits()) | u32::from(bf16::from_f32(odd).to_bits()) << 16
+    }
+
+    fn halves(word: u32) -> [f32; 2] {
+        [word << 16, word & 0xffff_0000].map(f32::from_bits)
+    }
+
+    /// The arithmetic that the kernel's error bound is derived from is what the hardware does, bit for bit.
+    #[test]
+    fn a_step_rounds_as_documented() {
+        let Ok(amx) = Amx::new() else {
+            println!("not run: no AMX");
+            return;
+        };
+        for rows in [1, 5, TILE_ROWS] {
+            let x = values(PARTS * rows * STEP, 1);
+            let w = values(STEP * 64, 2);
+            let a: Vec<[u32; 16]> =
+                x.chunks(STEP).map(|x| std::array::from_fn(|n| pair(x[2 * n], x[2 * n + 1]))).collect();
+            let b: Vec<PairRow> = (0..TILE_ROWS)
+                .map(|p| {
+                    std::array::from_fn(|t| {
+                        Line(std::array::from_fn(|n| {
+                            let o = t * TILE + n;
+                            pair(w[2 * p * 64 + o], w[(2 * p + 1) * 64 + o])
+                        }))
+                    })
+                })
+                .collect();
+            let mut sums = [[[0.0; TILE]; TILE_ROWS]; 4];
+            let tiles = amx.configure(rows);
+            tiles.clear();
+            tiles.step(&a, &b, &[]);
+            tiles.step(&a, &b, &a);
+            tiles.store(&mut sums);
+            for (t, sums) in sums.iter().enumerate() {
+                for (row, sums) in sums[..rows].iter().enumerate() {
+                    for (n, &got) in sums.iter().enumerate() {
+                        let mut want = 0.0f32;
+                        for part in (0..PARTS).chain(0..PARTS) {
+                            let mut chains = [0.0f32; 2];
+                            for p in 0..TILE_ROWS {
+                                let x = halves(a[part * rows + row][p]);
+                                let w = halves(b[p][t].0[n]);
+                                chains = std::array::from_fn(|i| x[i].mul_add(w[i], chains[i]));
+                            }
+                            want += chains[0] + chains[1];
+                        }
+                        assert_eq!(
+                            got.to_bits(),
+                            want.to_bits(),
+                            "row {row} of {rows}, tile {t}, output {n}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// Three parts are the activation, exactly, and of its sign: no magnitude is added that the bound does not count.
+    #[test]
+    fn parts_add_up_to_the_activation() {
+        let Ok(amx) = Amx::new() else {
+            println!("not run: no AMX");
+            return;
+        };
+        let mut x = values(30, 3);
+        x.extend([f32::MAX, -1.0 - f32::EPSILON]);
+        let x: [f32; 32] = x.try_into().unwrap();
+        let (mut first, mut second, mut third) = ([0; 16], [0; 16], [0; 16]);
+        decode::split(amx, &x, [&mut first, &mut second, &mut third]);
+        for (i, &x) in x.iter().enumerate() {
+            let parts = [first, second, third].map(|part| halves(part[i / 2])[i % 2]);
+            assert_eq!(parts.iter().map(|&part| f64::from(part)).sum::<f64>(), f64::from(x));
+            assert!(parts.iter().all(|part| part * x.signum() >= 0.0), "{parts:?} of {x}");
+        }
+    }
+}
