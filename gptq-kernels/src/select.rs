@@ -33,7 +33,7 @@ impl fmt::Display for Selection {
         for (name, reason) in &self.others {
             match reason {
                 PassedOver::Unsupported(reason) => write!(f, "; not {name}: {reason}")?,
-                PassedOver::Slower => write!(f, "; {name} is slower")?,
+                PassedOver::Slower => write!(f, "; {name} comes later")?,
                 PassedOver::NotNamed => write!(f, "; {name} is possible")?,
             }
         }
@@ -144,7 +144,7 @@ mod tests {
         );
         assert_eq!(
             selection.to_string(),
-            "fast (first that supports the layer); not narrow: 4-bit weights are not supported; slow is slower"
+            "fast (first that supports the layer); not narrow: 4-bit weights are not supported; slow comes later"
         );
     }
 

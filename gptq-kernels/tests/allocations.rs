@@ -74,9 +74,9 @@ fn forward_allocates_nothing() {
                     };
                     // Threads of this pool may still be starting, those of the last one ending, and each sets up its
                     // queues when it first steals. What `forward` itself allocates is in every round, so the least counts.
-                    let rounds = (0..10).map(|_| {
+                    let rounds = (0..4).map(|_| {
                         let before = ALLOCATIONS.load(Ordering::SeqCst);
-                        for _ in 0..10 {
+                        for _ in 0..5 {
                             forward().expect("the operands fit");
                         }
                         ALLOCATIONS.load(Ordering::SeqCst) - before
