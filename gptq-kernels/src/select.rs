@@ -21,7 +21,7 @@ pub enum PassedOver {
     /// It cannot do the layer.
     Unsupported(Unsupported),
     /// It can, and comes later in the order of preference.
-    Slower,
+    Later,
     /// It can, and another was asked for by name.
     NotNamed,
 }
@@ -33,7 +33,7 @@ impl fmt::Display for Selection {
         for (name, reason) in &self.others {
             match reason {
                 PassedOver::Unsupported(reason) => write!(f, "; not {name}: {reason}")?,
-                PassedOver::Slower => write!(f, "; {name} comes later")?,
+                PassedOver::Later => write!(f, "; {name} comes later")?,
                 PassedOver::NotNamed => write!(f, "; {name} is possible")?,
             }
         }
@@ -66,7 +66,7 @@ pub fn select<'k, D: Device>(
         let named = name.is_none_or(|name| name == kernel.name());
         match kernel.supports(spec) {
             Ok(()) if named && chosen.is_none() => chosen = Some(kernel.as_ref()),
-            Ok(()) if named => others.push((kernel.name(), PassedOver::Slower)),
+            Ok(()) if named => others.push((kernel.name(), PassedOver::Later)),
             Ok(()) => others.push((kernel.name(), PassedOver::NotNamed)),
             Err(reason) if named && name.is_some() => {
                 return Err(KernelError::Unsupported { kernel: kernel.name(), reason });
@@ -79,7 +79,7 @@ pub fn select<'k, D: Device>(
             .into_iter()
             .filter_map(|(name, why)| match why {
                 PassedOver::Unsupported(reason) => Some((name, reason)),
-                PassedOver::Slower | PassedOver::NotNamed => None,
+                PassedOver::Later | PassedOver::NotNamed => None,
             })
             .collect();
         return Err(KernelError::NoKernel { spec: Box::new(spec.clone()), reasons });
@@ -139,7 +139,7 @@ mod tests {
             selection.others,
             vec![
                 ("narrow", PassedOver::Unsupported(Unsupported::Bits { bits: 4 })),
-                ("slow", PassedOver::Slower)
+                ("slow", PassedOver::Later)
             ]
         );
         assert_eq!(

@@ -35,7 +35,7 @@ static ALLOCATOR: Counting = Counting;
 
 /// An act-order layer of two segments' length or more, with more blocks than threads.
 fn layer() -> PackedLinear {
-    let (k, n, group_size) = (384, 700, 128);
+    let (k, n, group_size) = (256, 330, 128);
     let groups = k / group_size;
     PackedLinear::pack(&CodesRef {
         bits: Bits::B4,
@@ -62,7 +62,7 @@ fn forward_allocates_nothing() {
         for threads in [1, 3] {
             let pool =
                 rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads can be had");
-            for rows in [1, 3, 20, 140] {
+            for rows in [1, 20, 140] {
                 let (x, mut y) = (vec![0.25; rows * k], vec![0.0; rows * n]);
                 let mut workspace =
                     Workspace::new(&Cpu, layer.workspace_len(rows)).expect("memory can be had");
@@ -88,7 +88,7 @@ fn forward_allocates_nothing() {
             }
         }
     }
-    assert!(ran >= 16);
+    assert!(ran >= 12);
     // The counter counts: a boxed value is one allocation at least.
     let before = ALLOCATIONS.load(Ordering::SeqCst);
     drop(std::hint::black_box(Box::new([0u8; 100])));
