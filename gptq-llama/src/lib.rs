@@ -1,4 +1,49 @@
 //! A reference Llama made of the GPTQ crates: load, calibrate, quantise, measure, generate.
+//!
+//! | to | use |
+//! |---|---|
+//! | load a Hugging Face folder, quantised or not | [`Llama::load`], [`LoadOptions`] |
+//! | run token ids, several sequences at a time | [`Llama::forward`], [`KvCache`], [`Feed`] |
+//! | generate | [`generate()`], or [`Generator`] as an iterator |
+//! | measure | [`perplexity()`] |
+//! | quantise | [`quantize()`], [`round_to_nearest`], and [`ModelWriter`] to save the result |
+//! | bring weights from elsewhere | [`WeightSource`], [`MemoryWeights`] |
+//!
+//! The model is generic over a [`Backend`](gptq_kernels::Backend), names no kernel, and takes quantised and dense layers
+//! alike. What is computed for a sequence depends on that sequence alone, to the bit.
+//!
+//! A random model, quantised in memory and compared with itself:
+//!
+//! ```
+//! use gptq_core::GptqConfig;
+//! use gptq_kernels::cpu::Cpu;
+//! use gptq_llama::{
+//!     Llama, LlamaConfig, LlamaError, LoadOptions, MemoryWeights, QuantizeOptions, TokenRows, Watch, perplexity,
+//!     quantize,
+//! };
+//!
+//! let config = LlamaConfig::from_json(
+//!     r#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+//!         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}"#,
+//! )
+//! .expect("a valid configuration");
+//! let original = MemoryWeights::random(&config, 1);
+//! let rows = TokenRows::new(vec![(0..60).collect(), (20..100).collect()])?;
+//!
+//! let options = QuantizeOptions::new(GptqConfig::builder().group_size(Some(32)).build().expect("valid settings"));
+//! let mut quantized = MemoryWeights::in_front_of(&original);
+//! let mut sink = |layer: gptq_llama::Layer, packed| {
+//!     quantized.insert_packed(&layer.to_string(), packed);
+//!     Ok(())
+//! };
+//! let report = quantize(&config, &original, &Cpu, &rows, &options, &mut Watch::default(), &mut sink)?;
+//! assert_eq!(report.layers.len(), 2 * 7);
+//!
+//! let model = Llama::from_source(config, &quantized, Cpu, &LoadOptions::default())?;
+//! let result = perplexity(&model, &rows, |rows_done, so_far| println!("{rows_done}: {:.2}", so_far.value()))?;
+//! assert_eq!(result.tokens, 59 + 79);
+//! # Ok::<(), LlamaError>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod cache;
