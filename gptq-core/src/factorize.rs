@@ -1,9 +1,14 @@
 //! The one operation of linear algebra that GPTQ needs: from H the upper triangular U with `H^-1 = U^T U`.
 
 mod blocked;
+#[cfg(feature = "lapack")]
+mod lapack;
 
 use ndarray::Array2;
 use rayon::prelude::*;
+
+#[cfg(feature = "lapack")]
+pub use lapack::Lapack;
 
 use crate::error::NotPositiveDefinite;
 

@@ -1,4 +1,4 @@
-//! The GPTQ algorithm: matrices in, integer codes out.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 mod config;
@@ -16,6 +16,8 @@ mod upper;
 
 pub use config::{GptqConfig, GptqConfigBuilder, OnFailure};
 pub use error::{ConfigError, GptqError, NotPositiveDefinite};
+#[cfg(feature = "lapack")]
+pub use factorize::Lapack;
 pub use factorize::{BlockedCholesky, Factorize};
 pub use hessian::{Hessian, HessianAccumulator, SampleUnit};
 pub use quantized::QuantizedWeight;
