@@ -4,7 +4,9 @@ mod row_chunk;
 
 use std::time::{Duration, Instant};
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::linalg::general_mat_mul;
+use ndarray::parallel::prelude::*;
+use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
 use crate::config::{GptqConfig, OnFailure};
@@ -279,11 +281,25 @@ fn correction(alpha: f32, cross: Array2<f64>, order: &ColumnOrder, upper: &Array
     } else {
         Array2::from_shape_fn(cross.raw_dim(), |(i, j)| cross[[order.column[i], order.column[j]]])
     };
-    let mut product = cross.dot(&upper.t());
+    let mut product = multiply(&cross, upper.t());
+    drop(cross);
     for ((i, j), x) in product.indexed_iter_mut() {
         *x = if j > i { f64::from(alpha) * *x } else { 0.0 };
     }
-    product.dot(upper)
+    multiply(&product, upper.view())
+}
+
+/// `a b`, rows in parallel.
+fn multiply(a: &Array2<f64>, b: ArrayView2<'_, f64>) -> Array2<f64> {
+    /// Rows per task.
+    const ROWS: usize = 64;
+    let mut product = Array2::zeros((a.nrows(), b.ncols()));
+    product
+        .axis_chunks_iter_mut(Axis(0), ROWS)
+        .into_par_iter()
+        .zip(a.axis_chunks_iter(Axis(0), ROWS))
+        .for_each(|(mut product, rows)| general_mat_mul(1.0, &rows, &b, 0.0, &mut product));
+    product
 }
 
 fn check_weight(weight: ArrayView2<'_, f32>) -> Result<(), GptqError> {
