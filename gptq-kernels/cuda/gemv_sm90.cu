@@ -9,7 +9,7 @@
 //     2  wait for the kernel before this one, then stage the slice of x (gathered if the layer is act-ordered)
 //     3  unit by unit: codes to exact halves (code - zero), tensor core over one group, times the scale in float32
 //     4  push the part's sums into the shared memory of the block that finishes these output features
-//     5  finish the stripes before these: add the 16 parts in order, add the bias, round, store
+//     5  finish these stripes, or with clusters those of the round before: add the 16 parts in order, the bias, round, store
 //
 // No float atomics, and no order of addition that depends on timing, on the number of rows or on the shape of blocks and
 // clusters: results repeat to the bit, and row r of y depends on row r of x alone.
@@ -21,35 +21,66 @@ struct GemvArgs {
     const u16* x;         // (rows, k), x_stride apart
     u16* y;               // (rows, n), y_stride apart
     const u16* bias;      // (n), fp16, or null
-    const u32* gather;    // (k_units * 128) column of x, or ~0 for a zero; null for the identity
+    const u16* gather;    // (k_units * 128) column of x, or NONE for a zero; null for the identity
     u32 rows, n, k;
     u32 x_stride, y_stride;
     u32 k_units;
     u32 x_vectors;        // x and its rows are aligned to 16 bytes
+    u32 raw_rows;         // rows that are gathered at a time
 };
 
 constexpr u32 PARTS = 16;
 
 DEVICE u32 part_start(u32 k_units, u32 part) { return k_units * part / PARTS; }
 
-// Copies x[row][first..first + count) into shared rows of `stride` bytes, zeros beyond k.
+constexpr u32 NONE = 0xFFFF;
+
+// Starts copying `count` halves of each row into shared memory, and writes zeros behind them up to `width`.
 template <u32 THREADS>
-DEVICE void stage_x(const GemvArgs& args, u32 staged, u32 stride, u32 first, u32 count) {
-    if (args.gather == nullptr && args.x_vectors && first + count <= args.k) {
-        for (u32 v = threadIdx.x; v < count / 8; v += THREADS) {
-            const u16* from = args.x + first + v * 8;
+DEVICE void copy_rows(u32 to, u32 to_stride, const u16* from, u32 from_stride, u32 rows, u32 count, u32 width, bool vectors) {
+    const u32 whole = vectors ? count / 8 * 8 : 0;
+#pragma unroll 1
+    for (u32 i = threadIdx.x * 8; i < whole; i += THREADS * 8) {
 #pragma unroll 4
-            for (u32 row = 0; row < args.rows; ++row) copy_16(staged + row * stride + v * 16, from + (u64)row * args.x_stride);
-        }
+        for (u32 row = 0; row < rows; ++row) copy_16(to + row * to_stride + i * 2, from + (u64)row * from_stride + i);
+    }
+#pragma unroll 1
+    for (u32 i = whole + threadIdx.x; i < width; i += THREADS) {
+#pragma unroll 1
+        for (u32 row = 0; row < rows; ++row)
+            store_shared_2(to + row * to_stride + i * 2, i < count ? from[(u64)row * from_stride + i] : (u16)0);
+    }
+}
+
+// Fills the rows of x, `stride` bytes apart, with columns `first .. first + width` in the order of the units. If that is
+// not the order of x, whole rows go to `raw` first, `raw_rows` at a time, and are picked from there: scattered reads of
+// global memory would take longer than all the rest.
+template <u32 THREADS>
+DEVICE void stage_x(const GemvArgs& args, u32 staged, u32 stride, u32 first, u32 width, u32 index, u32 raw) {
+    if (args.gather == nullptr) {
+        const u32 count = first < args.k ? min(width, args.k - first) : 0;
+        copy_rows<THREADS>(staged, stride, args.x + first, args.x_stride, args.rows, count, width, args.x_vectors);
         wait_for_copies();
         return;
     }
-    for (u32 i = threadIdx.x; i < count; i += THREADS) {
-        const u32 column = args.gather != nullptr ? args.gather[first + i] : first + i;
+    const u32 raw_stride = (args.k * 2 + 15) / 16 * 16;
+#pragma unroll 1
+    for (u32 start = 0; start < args.rows; start += args.raw_rows) {
+        const u32 rows = min(args.raw_rows, args.rows - start);
+        if (start > 0) __syncthreads();
+        copy_rows<THREADS>(raw, raw_stride, args.x + (u64)start * args.x_stride, args.x_stride, rows, args.k, args.k, args.x_vectors);
+        wait_for_copies();
+        __syncthreads();
+#pragma unroll 1
+        for (u32 i = threadIdx.x * 2; i < width; i += THREADS * 2) {
+            const u32 columns = load_shared_4(index + i * 2), lower = columns & 0xFFFF, upper = columns >> 16;
 #pragma unroll 4
-        for (u32 row = 0; row < args.rows; ++row) {
-            const u16 value = column < args.k ? args.x[(u64)row * args.x_stride + column] : (u16)0;
-            store_shared_2(staged + row * stride + i * 2, value);
+            for (u32 row = 0; row < rows; ++row) {
+                const u32 from = raw + row * raw_stride;
+                const u32 pair = (lower == NONE ? 0 : load_shared_2(from + lower * 2)) |
+                                 (upper == NONE ? 0 : load_shared_2(from + upper * 2)) << 16;
+                store_shared_4(staged + (start + row) * stride + i * 2, pair);
+            }
         }
     }
 }
@@ -71,7 +102,7 @@ DEVICE void gemv(const GemvArgs& args) {
     const u32 first_stripe = blockIdx.x / SLICES * WARPS_N;
     const i32 rounds = first_stripe < stripes ? (stripes - first_stripe + stripe_step - 1) / stripe_step : 0;
 
-    // Shared memory: barriers, rings, x, sums.
+    // Shared memory: barriers, rings, x, sums; columns to gather and rows to gather them from.
     const u32 full = shared, empty = shared + 16, barriers = shared + 32 + warp * (DEPTH * 8);
     const u32 rings = shared + ring_offset(WARPS, DEPTH), ring = rings + warp * RING;
     const u32 x_first = part_start(args.k_units, slice * WARPS_K);
@@ -80,14 +111,8 @@ DEVICE void gemv(const GemvArgs& args) {
     // Rows 64 bytes apart in the banks: two rows a phase, no conflict. The same in all blocks of the cluster.
     const u32 x_stride = ((args.k_units + SLICES - 1) / SLICES + 1) * 256 + 64;
     const u32 sums = staged + args.rows * x_stride, sums_bytes = PARTS * args.rows * OWNED * 4;
-
-    auto arrive = [&](u32 barrier) {
-        if (SLICES > 1) {
-            if (lane < SLICES) mbarrier_arrive_remote(barrier, lane);
-        } else if (lane == 0) {
-            mbarrier_arrive(barrier);
-        }
-    };
+    const u32 buffers = SLICES > 1 && rounds > 1 ? 2 : 1; // of sums
+    const u32 index = sums + buffers * sums_bytes, raw = index + x_width * 2;
 
     // The stream of units: all of the part's in one stripe, then in the next stripe of this warp.
     const u8* source = args.units + ((u64)(first_stripe + warp_n) * args.k_units + first_unit) * UNIT;
@@ -110,7 +135,7 @@ DEVICE void gemv(const GemvArgs& args) {
     };
     if (lane == 0) {
         for (u32 i = 0; i < DEPTH; ++i) mbarrier_init(barriers + i * 8, 1);
-        if (warp == 0) {
+        if (SLICES > 1 && warp == 0) {
             for (u32 i = 0; i < 2; ++i) mbarrier_init(full + i * 8, SLICES * WARPS), mbarrier_init(empty + i * 8, SLICES * WARPS);
         }
         fence_mbarrier_init();
@@ -120,6 +145,7 @@ DEVICE void gemv(const GemvArgs& args) {
     __syncwarp();
     if (SLICES > 1) cluster_arrive();
     launch_dependents();
+    if (args.gather != nullptr) copy_rows<THREADS>(index, 0, args.gather + x_first * 128, 0, 1, x_width, x_width, true);
 
     // Rows beyond the last repeat the last; their results are dropped.
     u32 x_start[N_TILES];
@@ -130,11 +156,9 @@ DEVICE void gemv(const GemvArgs& args) {
 
     // Adds the parts of the round's stripes that this block finishes; in the rehearsal, of stripes that do not exist.
     auto finish = [&](i32 round, u32 stripe) {
-        const u32 buffer = round < 0 ? 0 : round & 1;
-        if (round >= 0) {
-            if (SLICES == 1) mbarrier_wait(full + buffer * 8, round / 2 % 2);
-            else mbarrier_wait_cluster(full + buffer * 8, round / 2 % 2);
-        }
+        const u32 buffer = SLICES == 1 || round < 0 ? 0 : round & 1;
+        if (SLICES > 1 && round >= 0) mbarrier_wait_cluster(full + buffer * 8, round / 2 % 2);
+#pragma unroll 1
         for (u32 i = threadIdx.x; i < args.rows * OWNED; i += THREADS) {
             const u32 token = i / OWNED, feature = stripe * 32 + slice * OWNED + i % OWNED;
             float part_sum[PARTS];
@@ -148,9 +172,9 @@ DEVICE void gemv(const GemvArgs& args) {
             }
         }
         // The buffer is free again, if there is another round that will ask.
-        if (round >= 0 && round + 2 < rounds) {
+        if (SLICES > 1 && round >= 0 && round + 2 < rounds) {
             __syncwarp();
-            arrive(empty + buffer * 8);
+            if (lane < SLICES) mbarrier_arrive_remote(empty + buffer * 8, lane);
         }
     };
 
@@ -158,10 +182,10 @@ DEVICE void gemv(const GemvArgs& args) {
     // before this one still runs.
 #pragma unroll 1
     for (i32 round = -1; round <= rounds; ++round) {
-        const u32 stripe = first_stripe + round * stripe_step, buffer = round < 0 ? 0 : round & 1;
+        const u32 stripe = first_stripe + round * stripe_step, buffer = SLICES == 1 || round < 0 ? 0 : round & 1;
         if (round == 0) {
             wait_for_dependencies();
-            stage_x<THREADS>(args, staged, x_stride, x_first * 128, x_width);
+            stage_x<THREADS>(args, staged, x_stride, x_first * 128, x_width, index, raw);
             __syncthreads();
             if (SLICES > 1) cluster_wait(); // the barriers of all blocks are ready
         }
@@ -181,10 +205,8 @@ DEVICE void gemv(const GemvArgs& args) {
                 for (u32 t = 0; t < N_TILES; ++t) x_address[t] += 256;
             }
 
-            if (round >= 2) {
-                if (SLICES == 1) mbarrier_wait(empty + buffer * 8, (round / 2 - 1) % 2);
-                else mbarrier_wait_cluster(empty + buffer * 8, (round / 2 - 1) % 2);
-            }
+            if (SLICES == 1 && round > 0) __syncthreads(); // the sums of the round before have been added
+            if (SLICES > 1 && round >= 2) mbarrier_wait_cluster(empty + buffer * 8, (round / 2 - 1) % 2);
             const u32 tokens = round < 0 ? 0 : args.rows;
 #pragma unroll
             for (u32 tile = 0; tile < 2; ++tile) {
@@ -205,10 +227,16 @@ DEVICE void gemv(const GemvArgs& args) {
                     }
                 }
             }
-            __syncwarp();
-            if (round >= 0) arrive(full + buffer * 8);
+            if (SLICES > 1) {
+                __syncwarp();
+                if (round >= 0 && lane < SLICES) mbarrier_arrive_remote(full + buffer * 8, lane);
+            } else {
+                __syncthreads();
+            }
         }
-        if (round != 0) finish(round < 0 ? round : round - 1, round < 0 ? ~0u / 64 : stripe - stripe_step);
+        // Parts from other blocks are on their way for as long as a round takes; those of this block are all there.
+        if (SLICES == 1 && round < rounds) finish(round, round < 0 ? ~0u / 64 : stripe);
+        if (SLICES > 1 && round != 0) finish(round < 0 ? round : round - 1, round < 0 ? ~0u / 64 : stripe - stripe_step);
     }
 }
 

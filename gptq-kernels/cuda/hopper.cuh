@@ -144,3 +144,13 @@ DEVICE void store_shared_float_if(bool condition, u32 address, float value) {
 DEVICE void store_shared_2(u32 address, u16 value) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
 }
+
+DEVICE u32 load_shared_2(u32 address) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+    return v;
+}
+
+DEVICE void store_shared_4(u32 address, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}

@@ -14,8 +14,11 @@
 //! | fixed 16 parts; sums handed over by `mbarrier`, without a cluster where one block has all parts; blocks walk over stripes | 5.7 / 10.7 / 8.8 / 37.7 | -1 us; releases and acquires at cluster scope cost what the barrier did |
 //! | block-scope barriers where there is no cluster; a rehearsal round to warm the instruction cache | 5.1 / 9.3 / 9.4 / 32.7 | -1 us on 4096 x 4096 |
 //! | nothing derived anew per unit: addresses uniform, ring depth a constant | 4.9 / 8.1 / 8.6 / 30.3 | a third of the instructions were address arithmetic |
+//! | one block barrier a round instead of two `mbarrier`s; sums in one buffer, which lets 8 rows of 8192 fit | 4.7 / 7.8 / 8.5 / 30.8 | 8192 x 28672 with 8 rows 42 -> 33 |
+//! | act-order: columns fetched ahead of the wait, whole rows of x brought to shared memory and picked there | 6.0 / 8.7 / 10.2 / 32.0 act-ordered | was 9.0 / 12.0 / 18.4 / 38.5 with scattered reads of global memory; wanted within 5 % of the layer without, is within 4 to 35 % |
 //!
-//! 61 registers, no spills; 187 instructions for 128 weights a thread: 1.5 a weight, 0.8 of them integer.
+//! 55 to 59 registers, no spills in fp16 images; 187 instructions for 128 weights a thread: 1.5 a weight, 0.8 of them
+//! integer.
 
 use std::marker::PhantomData;
 
@@ -26,7 +29,7 @@ use super::{
     CudaDevice, Element,
     driver::{Function, Launch, Resident},
     plain::output_bound,
-    units::{DEPTH, STRIPE, Units, unit_bytes},
+    units::{DEPTH, MOST_FEATURES, STRIPE, Units, unit_bytes},
 };
 use crate::{
     ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, WeightFormat,
@@ -75,13 +78,19 @@ impl Variant {
         PARTS / self.parts
     }
 
-    /// Bytes of shared memory, laid out as `gemv` in `gemv_sm90.cu` does.
+    /// Bytes of shared memory, laid out as `gemv` in `gemv_sm90.cu` does, without what gathering needs.
     fn shared_memory(&self, unit: usize, k_units: usize, rows: usize, rounds: usize) -> usize {
         let barriers = (32 + self.warps() * self.depth * 8).next_multiple_of(128);
         let rings = (self.warps() * self.depth * unit).next_multiple_of(128);
-        let x = rows * ((k_units.div_ceil(self.slices()) + 1) * 2 * DEPTH + 64);
+        let x = rows * (self.width(k_units) * 2 + 64);
         let sums = PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4;
-        barriers + rings + x + sums * rounds.min(2)
+        let buffers = if self.slices() > 1 { rounds.min(2) } else { 1 };
+        barriers + rings + x + sums * buffers
+    }
+
+    /// Columns of x that a block holds, at most.
+    fn width(&self, k_units: usize) -> usize {
+        (k_units.div_ceil(self.slices()) + 1) * DEPTH
     }
 }
 
@@ -100,20 +109,22 @@ struct Args {
     y_stride: u32,
     k_units: u32,
     x_vectors: u32,
+    raw_rows: u32,
 }
 
 /// How a pass of some rows is launched.
 struct Plan {
     function: Function,
     rows: usize,
+    /// Rows that are gathered at a time.
+    raw_rows: usize,
     shape: Launch,
 }
 
 struct GemvLinear<T> {
     spec: LinearSpec,
-    /// For one row, and for as many as fit.
-    single: Plan,
-    batch: Plan,
+    /// For 1, 2, 3 and more rows, as many as fit.
+    plans: Vec<Plan>,
     units: Resident,
     gather: Resident,
     bias: Resident,
@@ -126,9 +137,10 @@ impl<T: Element> Gemv<T> {
         &self,
         image: &str,
         units: &Units,
-        stripes: usize,
+        spec: &LinearSpec,
         rows: usize,
     ) -> Result<Option<Plan>, KernelError> {
+        let (in_features, stripes) = (spec.in_features, spec.out_features.div_ceil(STRIPE));
         let unit = unit_bytes(units.groups, units.asym);
         let clusters = |variant: &Variant| {
             let most = self.device.multiprocessors() as usize / variant.slices();
@@ -141,18 +153,28 @@ impl<T: Element> Gemv<T> {
         for variant in order {
             let (clusters, rounds) = clusters(&variant);
             let shared = variant.shared_memory(unit, units.k_units, rows, rounds);
-            if shared <= self.device.shared_memory() {
-                let function =
-                    self.device.images().function(image, variant.entry, self.device.shared_memory())?;
-                let shape = Launch {
-                    grid: ((clusters * variant.slices()) as u32, 1),
-                    threads: (variant.warps() * 32) as u32,
-                    shared,
-                    cluster: variant.slices() as u32,
-                    programmatic: true,
-                };
-                return Ok(Some(Plan { function, rows, shape }));
+            let Some(spare) = self.device.shared_memory().checked_sub(shared) else { continue };
+            // An act-ordered layer also needs its columns and some whole rows, the more the better.
+            let (mut raw_rows, mut gathering) = (0, 0);
+            if units.gather.is_some() {
+                let columns = variant.width(units.k_units) * 2;
+                let row = (in_features * 2).next_multiple_of(16);
+                raw_rows = (spare.saturating_sub(columns) / row).min(rows);
+                gathering = columns + raw_rows * row;
+                if raw_rows == 0 {
+                    continue;
+                }
             }
+            let function =
+                self.device.images().function(image, variant.entry, self.device.shared_memory())?;
+            let shape = Launch {
+                grid: ((clusters * variant.slices()) as u32, 1),
+                threads: (variant.warps() * 32) as u32,
+                shared: shared + gathering,
+                cluster: variant.slices() as u32,
+                programmatic: true,
+            };
+            return Ok(Some(Plan { function, rows, raw_rows, shape }));
         }
         Ok(None)
     }
@@ -174,8 +196,8 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         if group_size < 32 && group_size < spec.in_features {
             return Err(Unsupported::GroupSize { group_size });
         }
-        // One row of x has to fit in the shared memory of a cluster, whatever padding the groups need.
-        if spec.in_features > 1 << 16 || spec.out_features >= 1 << 24 {
+        // One row of x, with the padding of its groups, has to fit in the shared memory of a block twice.
+        if spec.in_features > MOST_FEATURES / 2 + 1 || spec.out_features >= 1 << 24 {
             let (in_features, out_features) = (spec.in_features, spec.out_features);
             return Err(Unsupported::Shape { in_features, out_features });
         }
@@ -187,30 +209,26 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
         self.supports(&spec).map_err(unsupported)?;
         let units = Units::pack(weight);
-        let stripes = spec.out_features.div_ceil(STRIPE);
         let zero = if units.asym { "asym" } else { "sym" };
         let image = format!("gemv-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
-        let mut plans = Vec::new();
-        for rows in (1..=ROWS).rev() {
-            plans.extend(self.plan(&image, &units, stripes, rows)?);
+        let mut plans = Vec::with_capacity(ROWS);
+        for rows in 1..=ROWS {
+            match self.plan(&image, &units, &spec, rows)? {
+                Some(plan) => plans.push(plan),
+                None => break,
+            }
         }
-        let too_long = || {
+        if plans.is_empty() {
             let (in_features, out_features) = (spec.in_features, spec.out_features);
-            unsupported(Unsupported::Shape { in_features, out_features })
-        };
-        let single = plans.pop().ok_or_else(too_long)?;
-        let batch = match plans.into_iter().next() {
-            Some(plan) => plan,
-            None => self.plan(&image, &units, stripes, 1)?.ok_or_else(too_long)?,
-        };
+            return Err(unsupported(Unsupported::Shape { in_features, out_features }));
+        }
         let stream = self.device.stream();
         Ok(Box::new(GemvLinear {
             units: Resident::new(stream, &units.bytes)?,
             gather: Resident::new(stream, units.gather.as_deref().unwrap_or_default())?,
             bias: Resident::new::<f16>(stream, weight.bias().unwrap_or_default())?,
             k_units: units.k_units,
-            single,
-            batch,
+            plans,
             spec,
             element: PhantomData::<T>,
         }))
@@ -259,29 +277,33 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
         let (x, y) = (x.data(), y.into_data());
         let size = size_of::<T>();
         let x_vectors = x.address().is_multiple_of(16) && (x_stride * size).is_multiple_of(16);
-        let plan = if rows == 1 { &self.single } else { &self.batch };
         // The stride between rows that there are not is of no use and may be anything.
         let stride = |stride: usize| u32::try_from(stride).unwrap_or(0);
-        for start in (0..rows).step_by(plan.rows) {
+        let mut start = 0;
+        while start < rows {
+            // `prepare` has made at least one plan.
+            let plan = &self.plans[(rows - start).min(self.plans.len()) - 1];
             let mut args = Args {
                 units: self.units.address(),
                 x: x.address() + (start * x_stride * size) as u64,
                 y: y.address() + (start * y_stride * size) as u64,
                 bias: self.bias.address(),
                 gather: self.gather.address(),
-                rows: (rows - start).min(plan.rows) as u32,
+                rows: plan.rows as u32,
                 n: self.spec.out_features as u32,
                 k: self.spec.in_features as u32,
                 x_stride: stride(x_stride),
                 y_stride: stride(y_stride),
                 k_units: self.k_units as u32,
                 x_vectors: u32::from(x_vectors),
+                raw_rows: plan.raw_rows as u32,
             };
             // SAFETY: `Args` is `GemvArgs`. units, gather and bias are the layer's own memory, of the sizes that `Units`
             // gives them; `check_operands` has compared x and y, of these rows, with the layer; all of them outlive the
             // stream's work, because the caller may not free what a stream uses and `Resident` waits. Weights are read
             // before the kernel waits for earlier ones: no kernel ever writes them. The stream is that of y.
             unsafe { plan.function.launch(NAME, plan.shape, y.stream(), &mut args) }?;
+            start += plan.rows;
         }
         Ok(())
     }

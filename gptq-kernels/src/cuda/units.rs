@@ -9,7 +9,9 @@ pub(super) const DEPTH: usize = 128;
 const CODES: usize = STRIPE * DEPTH / 2;
 
 /// A column of padding: it multiplies a zero instead of an element of `x`.
-const NONE: u32 = u32::MAX;
+const NONE: u16 = u16::MAX;
+/// Most input features that [`Units`] can hold: columns are 16-bit numbers, one of them [`NONE`].
+pub(super) const MOST_FEATURES: usize = NONE as usize;
 
 /// A 4-bit weight repacked into units, as `cuda/unit.cuh` describes them.
 #[derive(Debug)]
@@ -23,7 +25,7 @@ pub(super) struct Units {
     /// Units along the input features.
     pub(super) k_units: usize,
     /// Column of `x` for every input feature of the units, [`NONE`] for padding; `None` if it is the identity.
-    pub(super) gather: Option<Vec<u32>>,
+    pub(super) gather: Option<Vec<u16>>,
 }
 
 /// Bytes of a unit with that many groups.
@@ -35,14 +37,14 @@ pub(super) const fn unit_bytes(groups: usize, asym: bool) -> usize {
 struct Order {
     run: usize,
     /// Input feature of every column; a multiple of [`DEPTH`] of them.
-    columns: Vec<u32>,
+    columns: Vec<u16>,
     /// Group of every `run` columns.
     groups: Vec<u32>,
 }
 
 impl Order {
     fn new(g_idx: &[u32], run: usize) -> Self {
-        let mut features: Vec<u32> = (0..g_idx.len() as u32).collect();
+        let mut features: Vec<u16> = (0..g_idx.len() as u16).collect();
         features.sort_by_key(|&feature| g_idx[feature as usize]); // stable: in order inside a group
         let (mut columns, mut groups) = (Vec::with_capacity(features.len()), Vec::new());
         for members in features.chunk_by(|&a, &b| g_idx[a as usize] == g_idx[b as usize]) {
@@ -69,16 +71,16 @@ impl Order {
     }
 
     /// `None` if column `i` is feature `i`, and padding comes after the last feature alone.
-    fn gather(&self, in_features: usize) -> Option<Vec<u32>> {
+    fn gather(&self, in_features: usize) -> Option<Vec<u16>> {
         let identity = self.columns[..in_features].iter().zip(0..).all(|(&column, i)| column == i);
         (!identity).then(|| self.columns.clone())
     }
 }
 
 impl Units {
-    /// Repacks a 4-bit layer.
+    /// Repacks a 4-bit layer of at most [`MOST_FEATURES`] input features.
     pub(super) fn pack(weight: &PackedLinear) -> Self {
-        debug_assert_eq!(weight.bits(), Bits::B4);
+        debug_assert!(weight.bits() == Bits::B4 && weight.in_features() <= MOST_FEATURES);
         let asym = !weight.is_symmetric();
         let (inputs, outputs) = (weight.in_features(), weight.out_features());
         let order = Order::best(weight.g_idx(), asym);

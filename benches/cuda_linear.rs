@@ -1,0 +1,176 @@
+//! Linear layers on a GPU, as a decoder would run them: recorded in a CUDA graph, over rotated copies of the weight.
+//!
+//! ```text
+//! cargo bench -p gptq-benches --features cuda --bench cuda_linear [-- FILTER...]
+//! ```
+//!
+//! Copies of a layer are together at least 512 MB, so that no time is one that the L2 cache has served. Times are medians
+//! of replays, with the fastest and slowest beside them; errors are of the same kernel on the same data, against float64,
+//! as `|y - exact| / |exact|` over 64 outputs of every row. FILTER keeps the lines that contain one of them, such as
+//! `4096x11008 M=1 `. Without a GPU it says so.
+
+// A table on the terminal is what this program is for, and it ends with the first error.
+#![allow(clippy::print_stdout, clippy::unwrap_used)]
+
+use cudarc::driver::sys;
+use gptq_format::{Bits, CodesRef, PackedLinear};
+use gptq_kernels::{
+    Device, Linear, LinearSpec, MatMut, MatRef, Workspace,
+    cuda::{self, CudaDevice, Element},
+    reference::Reference,
+};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Input features, output features.
+const SHAPES: [(usize, usize); 4] = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)];
+const ROWS: [usize; 5] = [1, 2, 4, 8, 16];
+const GROUP: usize = 128;
+const ROTATED_BYTES: usize = 512 << 20;
+const REPLAYS: usize = 15;
+
+#[derive(Clone, Copy)]
+struct Kind {
+    name: &'static str,
+    sym: bool,
+    act_order: bool,
+}
+
+const KINDS: [Kind; 3] = [
+    Kind { name: "sym", sym: true, act_order: false },
+    Kind { name: "asym", sym: false, act_order: false },
+    Kind { name: "act", sym: true, act_order: true },
+];
+
+/// A number that looks random.
+fn hash(mut v: u64) -> u64 {
+    v = (v ^ (v >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    v = (v ^ (v >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    v ^ (v >> 33)
+}
+
+/// In -1..1.
+fn symmetric(v: u64) -> f32 {
+    (hash(v) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+}
+
+fn layer(k: usize, n: usize, kind: Kind) -> PackedLinear {
+    let groups = k / GROUP;
+    let codes: Vec<u8> = (0..k * n).into_par_iter().map(|i| (hash(i as u64) & 15) as u8).collect();
+    let zeros: Vec<u8> =
+        (0..groups * n).map(|i| if kind.sym { 8 } else { (hash(i as u64) >> 8 & 15) as u8 }).collect();
+    let scales: Vec<f32> = (0..groups * n).map(|i| 0.006 + 0.004 * symmetric(i as u64)).collect();
+    let mut g_idx: Vec<u32> = (0..k).map(|i| (i / GROUP) as u32).collect();
+    if kind.act_order {
+        for i in (1..k).rev() {
+            g_idx.swap(i, hash(i as u64) as usize % (i + 1));
+        }
+    }
+    PackedLinear::pack(&CodesRef {
+        bits: Bits::B4,
+        group_size: GROUP,
+        in_features: k,
+        out_features: n,
+        codes: &codes,
+        zeros: &zeros,
+        scales: &scales,
+        g_idx: &g_idx,
+        bias: None,
+    })
+    .unwrap()
+}
+
+/// Median, fastest and slowest microseconds of one layer of `layers`, with `rows` rows; and the relative error.
+fn measure<T: Element>(
+    device: &CudaDevice<T>,
+    layers: &[Box<dyn Linear<CudaDevice<T>>>],
+    reference: &Reference,
+    rows: usize,
+) -> ([f32; 3], f64) {
+    let LinearSpec { in_features: k, out_features: n, .. } = *layers[0].spec();
+    let mut x_host: Vec<f32> = (0..rows * k).map(|i| symmetric(i as u64)).collect();
+    let (mut x, mut y) = (device.alloc(rows * k).unwrap(), device.alloc(rows * n).unwrap());
+    device.upload(&x_host, CudaDevice::slice_mut(&mut x, 0..rows * k)).unwrap();
+    device.download(CudaDevice::slice(&x, 0..rows * k), &mut x_host).unwrap();
+    let mut workspace = Workspace::new(device, layers[0].workspace_len(rows)).unwrap();
+    let stream = device.stream();
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    for layer in layers {
+        let x = MatRef::new(CudaDevice::slice(&x, 0..rows * k), rows, k).unwrap();
+        let y = MatMut::new(CudaDevice::slice_mut(&mut y, 0..rows * n), rows, n).unwrap();
+        layer.forward(x, y, &mut workspace).unwrap();
+    }
+    let graph =
+        stream.end_capture(sys::CUgraphInstantiate_flags(0)).unwrap().expect("something was recorded");
+    let event = || stream.context().new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).unwrap();
+    let (start, end) = (event(), event());
+    let mut times: Vec<f32> = (0..REPLAYS + 2)
+        .map(|_| {
+            start.record(stream).unwrap();
+            graph.launch().unwrap();
+            end.record(stream).unwrap();
+            1000.0 * start.elapsed_ms(&end).unwrap() / layers.len() as f32
+        })
+        .skip(2)
+        .collect();
+    times.sort_by(f32::total_cmp);
+
+    let mut got = vec![0.0; rows * n];
+    device.download(CudaDevice::slice(&y, 0..rows * n), &mut got).unwrap();
+    let (mut error, mut size) = (0.0, 0.0);
+    for row in 0..rows {
+        for output in (0..n).step_by(n / 64) {
+            let exact = reference.element(&x_host[row * k..][..k], output).y;
+            error += (f64::from(got[row * n + output]) - exact).powi(2);
+            size += exact * exact;
+        }
+    }
+    ([times[REPLAYS / 2], times[0], times[REPLAYS - 1]], (error / size).sqrt())
+}
+
+fn table<T: Element>(dtype: &str, filters: &[String]) {
+    let device = match CudaDevice::<T>::new(0) {
+        Ok(device) => device,
+        Err(reason) => return println!("not run: {reason}"),
+    };
+    let context = device.stream().context();
+    println!("{}, {dtype}, groups of {GROUP}", context.name().unwrap_or_default());
+    println!("line                                kernel             us (fastest, slowest)      TB/s  error");
+    for (k, n) in SHAPES {
+        for kind in KINDS {
+            let line = |rows| format!("{k}x{n} {dtype} {} M={rows} ", kind.name);
+            let wanted =
+                |rows| filters.is_empty() || filters.iter().any(|filter| line(rows).contains(filter));
+            if !ROWS.into_iter().any(wanted) {
+                continue;
+            }
+            let packed = layer(k, n, kind);
+            let reference = Reference::new(&packed);
+            for kernel in cuda::kernels(&device) {
+                // The plain kernel is there to be right.
+                if kernel.name() == "cuda-plain" && !filters.iter().any(|filter| filter == "plain") {
+                    continue;
+                }
+                let first = kernel.prepare(&packed).unwrap();
+                let copies = ROTATED_BYTES.div_ceil(first.weight_bytes()).max(6);
+                let mut layers = vec![first];
+                layers.extend((1..copies).map(|_| kernel.prepare(&packed).unwrap()));
+                for rows in ROWS.into_iter().filter(|&rows| wanted(rows)) {
+                    let ([median, fastest, slowest], error) = measure(&device, &layers, &reference, rows);
+                    let rate = layers[0].weight_bytes() as f32 / median / 1e6;
+                    println!(
+                        "{:<35} {:<18} {median:7.2} ({fastest:7.2}, {slowest:7.2})  {rate:5.2}  {error:.1e}",
+                        line(rows),
+                        kernel.name()
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn main() {
+    let filters: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    table::<f16>("fp16", &filters);
+    table::<bf16>("bf16", &filters);
+}
