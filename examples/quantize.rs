@@ -82,7 +82,7 @@ enum Method {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Recipe {
-    /// The lowest perplexity that this quantiser reaches, at no cost at inference
+    /// The lowest perplexity: --asym --desc-act --mse 2.4 --gptaq 0.5
     Best,
 }
 

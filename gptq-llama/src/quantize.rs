@@ -45,12 +45,19 @@ impl QuantizeOptions {
         Self { gptq, ..Self::default() }
     }
 
-    /// The settings with the lowest perplexity that do not slow inference down.
+    /// The recipe with the lowest perplexity: asymmetric, `desc_act`, grids searched under the 2.4-norm, GPTAQ with
+    /// strength 0.5.
+    ///
+    /// It was chosen among about twenty combinations of order, symmetry, grid search, damping and GPTAQ's strength by the
+    /// perplexity of the bundled model on the last quarter of its calibration rows, quantised with the other three
+    /// quarters. Its price: two passes of calibration instead of one, activations gathered at inference, and
+    /// zero points in the `gptq_v2` convention, which old readers do not know.
     ///
     /// Errors: `bits` or `group_size` that cannot be.
     pub fn best(bits: u32, group_size: Option<usize>) -> Result<Self, gptq_core::ConfigError> {
         let builder = GptqConfig::builder().bits(bits).group_size(group_size);
-        Ok(Self::new(builder.act_group_aware(true).mse(Some(2.4)).build()?))
+        let builder = builder.sym(false).desc_act(true).mse(Some(2.4)).gptaq(Some(0.5));
+        Ok(Self::new(builder.build()?))
     }
 }
 
