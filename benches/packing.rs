@@ -1,5 +1,6 @@
 //! Packing and unpacking one layer of Llama-2-7B's MLP, 4096 outputs of 11008 inputs in groups of 128, on one core.
 //! Throughput counts the unpacked codes, one byte each.
+#![allow(missing_docs, reason = "criterion's macro makes a function without documentation")]
 
 use std::hint::black_box;
 

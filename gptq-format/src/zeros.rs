@@ -59,8 +59,8 @@ pub struct ZeroEvidence {
     pub contradicts_label: bool,
 }
 
-/// The share of stored values that must be a symmetric middle before they decide: an asymmetric grid of 2 bits has
-/// either of its two middle values in at most some six of ten groups.
+/// The share of stored values that must be a symmetric middle before they decide. Asymmetric grids spread over the values
+/// next to both middles: of 2 bits, the narrowest, either has at most some six of ten groups.
 const SYMMETRIC_SHARE: f64 = 0.95;
 /// Fewer values than this say nothing about an asymmetric grid.
 const MIN_SAMPLE: usize = 512;
