@@ -158,10 +158,16 @@ fn power(x: f32, exponent: f64) -> f64 {
     let y = (exponent * log2).clamp(-1022.0, 1023.0);
     let shifted = y + MAGIC;
     let z = (y - (shifted - MAGIC)) * std::f64::consts::LN_2;
-    let mut exp = 1.0;
-    for i in (1..=9).rev() {
-        exp = 1.0 + z * (1.0 / f64::from(i)) * exp;
-    }
+    // Taylor to the ninth power by Horner's rule, written out: a loop here would keep the caller's from vectorising.
+    let exp = 1.0 + z * (1.0 / 9.0);
+    let exp = 1.0 + z * (1.0 / 8.0) * exp;
+    let exp = 1.0 + z * (1.0 / 7.0) * exp;
+    let exp = 1.0 + z * (1.0 / 6.0) * exp;
+    let exp = 1.0 + z * (1.0 / 5.0) * exp;
+    let exp = 1.0 + z * (1.0 / 4.0) * exp;
+    let exp = 1.0 + z * (1.0 / 3.0) * exp;
+    let exp = 1.0 + z * (1.0 / 2.0) * exp;
+    let exp = 1.0 + z * exp;
     exp * f64::from_bits(1f64.to_bits().wrapping_add(shifted.to_bits() << 52))
 }
 
