@@ -60,6 +60,7 @@ fn measure(args: &Args) -> Result<(), Failure> {
         model: &args.model,
         rows: args.rows,
         seq_len: args.seq_len,
+        drop_short: false,
     };
     let rows = source.read(&config)?;
     // A row of one token predicts nothing.

@@ -131,6 +131,7 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
                 model: &args.model,
                 rows: args.rows,
                 seq_len: args.seq_len,
+                drop_short: true,
             };
             Some(source.read(&config)?)
         }

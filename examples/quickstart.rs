@@ -51,7 +51,9 @@ fn compare(args: &Args) -> Result<(), Failure> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tiny-books");
     let config = LlamaConfig::read(&source)?;
     let ids = source.join("ids.safetensors");
-    let rows = |key, rows| RowSource { file: &ids, key, model: &source, rows, seq_len: None }.read(&config);
+    let rows = |key, rows| {
+        RowSource { file: &ids, key, model: &source, rows, seq_len: None, drop_short: false }.read(&config)
+    };
     let (calibration, evaluation) = (rows("calibration", None)?, rows("evaluation", Some(args.rows))?);
 
     let temporary = tempfile::tempdir()?;

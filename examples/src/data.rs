@@ -24,6 +24,8 @@ pub struct RowSource<'a> {
     /// Tokens a row. Token ids are taken as they stand if `None`; texts then make rows of the model's context, at most
     /// 2048.
     pub seq_len: Option<usize>,
+    /// Drop texts of at most [`TokenRows::SHORT`] tokens, as calibration does.
+    pub drop_short: bool,
 }
 
 impl RowSource<'_> {
@@ -52,6 +54,7 @@ impl RowSource<'_> {
             }
             _ => return Err(format!("{name}: must end in .jsonl, .txt or .safetensors").into()),
         };
+        let rows = if self.drop_short && extension == "jsonl" { rows.drop_short()? } else { rows };
         let rows = match self.rows {
             Some(count) => rows.take(count)?,
             None => rows,
@@ -120,7 +123,8 @@ mod tests {
     fn tiny(file: &str, key: &'static str, seq_len: Option<usize>) -> Result<TokenRows, Failure> {
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tiny-books");
         let config = LlamaConfig::read(&model)?;
-        RowSource { file: &model.join(file), key, model: &model, rows: Some(5), seq_len }.read(&config)
+        RowSource { file: &model.join(file), key, model: &model, rows: Some(5), seq_len, drop_short: true }
+            .read(&config)
     }
 
     #[test]
