@@ -9,7 +9,7 @@
 //     2  wait for the kernel before this one, then stage the slice of x (gathered if the layer is act-ordered)
 //     3  unit by unit: codes to exact halves (code - zero), tensor core over one group, times the scale in float32
 //     4  push the part's sums into the shared memory of the block that finishes these output features
-//     5  finish these stripes, or with clusters those of the round before: add the 16 parts in order, the bias, round, store
+//     5  finish these stripes: add the 16 parts in order, the bias, round, store
 //
 // No float atomics, and no order of addition that depends on timing, on the number of rows or on the shape of blocks and
 // clusters: results repeat to the bit, and row r of y depends on row r of x alone.
@@ -103,7 +103,7 @@ DEVICE void gemv(const GemvArgs& args) {
     const i32 rounds = first_stripe < stripes ? (stripes - first_stripe + stripe_step - 1) / stripe_step : 0;
 
     // Shared memory: barriers, rings, x, sums; columns to gather and rows to gather them from.
-    const u32 full = shared, empty = shared + 16, barriers = shared + 32 + warp * (DEPTH * 8);
+    const u32 barriers = shared + warp * (DEPTH * 8);
     const u32 rings = shared + ring_offset(WARPS, DEPTH), ring = rings + warp * RING;
     const u32 x_first = part_start(args.k_units, slice * WARPS_K);
     const u32 x_width = (part_start(args.k_units, (slice + 1) * WARPS_K) - x_first) * 128;
@@ -111,8 +111,7 @@ DEVICE void gemv(const GemvArgs& args) {
     // Rows 64 bytes apart in the banks: two rows a phase, no conflict. The same in all blocks of the cluster.
     const u32 x_stride = ((args.k_units + SLICES - 1) / SLICES + 1) * 256 + 64;
     const u32 sums = staged + args.rows * x_stride, sums_bytes = PARTS * args.rows * OWNED * 4;
-    const u32 buffers = SLICES > 1 && rounds > 1 ? 2 : 1; // of sums
-    const u32 index = sums + buffers * sums_bytes, raw = index + x_width * 2;
+    const u32 index = sums + sums_bytes, raw = index + x_width * 2;
 
     // The stream of units: all of the part's in one stripe, then in the next stripe of this warp.
     const u8* source = args.units + ((u64)(first_stripe + warp_n) * args.k_units + first_unit) * UNIT;
@@ -135,9 +134,6 @@ DEVICE void gemv(const GemvArgs& args) {
     };
     if (lane == 0) {
         for (u32 i = 0; i < DEPTH; ++i) mbarrier_init(barriers + i * 8, 1);
-        if (SLICES > 1 && warp == 0) {
-            for (u32 i = 0; i < 2; ++i) mbarrier_init(full + i * 8, SLICES * WARPS), mbarrier_init(empty + i * 8, SLICES * WARPS);
-        }
         fence_mbarrier_init();
     }
     for (u32 i = 0; i < DEPTH; ++i) fetch(), advance();
@@ -154,16 +150,14 @@ DEVICE void gemv(const GemvArgs& args) {
         x_start[t] = staged + row * x_stride + (lane % 4) * 16 + (first_unit - x_first) * 256;
     }
 
-    // Adds the parts of the round's stripes that this block finishes; in the rehearsal, of stripes that do not exist.
-    auto finish = [&](i32 round, u32 stripe) {
-        const u32 buffer = SLICES == 1 || round < 0 ? 0 : round & 1;
-        if (SLICES > 1 && round >= 0) mbarrier_wait_cluster(full + buffer * 8, round / 2 % 2);
+    // Adds the parts of the stripes from `stripe` on that this block finishes.
+    auto finish = [&](u32 stripe) {
 #pragma unroll 1
         for (u32 i = threadIdx.x; i < args.rows * OWNED; i += THREADS) {
             const u32 token = i / OWNED, feature = stripe * 32 + slice * OWNED + i % OWNED;
             float part_sum[PARTS];
 #pragma unroll
-            for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(sums + buffer * sums_bytes + (p * args.rows * OWNED + i) * 4);
+            for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(sums + (p * args.rows * OWNED + i) * 4);
             if (feature < args.n) {
                 float sum = args.bias != nullptr ? Fp16::to_float(args.bias[feature]) : 0.0f;
 #pragma unroll
@@ -171,72 +165,63 @@ DEVICE void gemv(const GemvArgs& args) {
                 args.y[(u64)token * args.y_stride + feature] = Half::from_float(sum);
             }
         }
-        // The buffer is free again, if there is another round that will ask.
-        if (SLICES > 1 && round >= 0 && round + 2 < rounds) {
-            __syncwarp();
-            if (lane < SLICES) mbarrier_arrive_remote(empty + buffer * 8, lane);
-        }
+    };
+    // Of the block, or of the cluster.
+    auto barrier = [&] {
+        if (SLICES > 1) __syncwarp(), cluster_arrive(), cluster_wait();
+        else __syncthreads();
     };
 
-    // Round -1 is a rehearsal: it computes nothing of use, but brings the instructions into the cache while the kernel
-    // before this one still runs.
+    // Round -1 is a rehearsal: it computes nothing of use, from whatever is where x and the sums will be, but brings the
+    // instructions into the cache while the kernel before this one still runs.
 #pragma unroll 1
-    for (i32 round = -1; round <= rounds; ++round) {
-        const u32 stripe = first_stripe + round * stripe_step, buffer = SLICES == 1 || round < 0 ? 0 : round & 1;
+    for (i32 round = -1; round < rounds; ++round) {
+        const u32 stripe = first_stripe + round * stripe_step;
         if (round == 0) {
             wait_for_dependencies();
             stage_x<THREADS>(args, staged, x_stride, x_first * 128, x_width, index, raw);
             __syncthreads();
-            if (SLICES > 1) cluster_wait(); // the barriers of all blocks are ready
+            if (SLICES > 1) cluster_wait(); // all blocks have started
         }
-        if (round < rounds) {
-            float acc[2][N_TILES][4] = {};
-            const u32 count = round < 0 ? 1 : stripe + warp_n < stripes ? part_units : 0;
-            u32 x_address[N_TILES];
-            for (u32 t = 0; t < N_TILES; ++t) x_address[t] = x_start[t];
+        float acc[2][N_TILES][4] = {};
+        const u32 count = round < 0 ? 1 : stripe + warp_n < stripes ? part_units : 0;
+        u32 x_address[N_TILES];
+        for (u32 t = 0; t < N_TILES; ++t) x_address[t] = x_start[t];
 #pragma unroll 1
-            for (u32 i = 0; i < count; ++i) {
-                if (round >= 0) mbarrier_wait(barriers + slot * 8, parity);
-                multiply_unit<Half, N_TILES, GROUPS, ASYM>(acc, ring + slot * UNIT, x_address, lane);
-                if (round < 0) break;
-                __syncwarp();
-                fetch();
-                advance();
-                for (u32 t = 0; t < N_TILES; ++t) x_address[t] += 256;
-            }
+        for (u32 i = 0; i < count; ++i) {
+            if (round >= 0) mbarrier_wait(barriers + slot * 8, parity);
+            multiply_unit<Half, N_TILES, GROUPS, ASYM>(acc, round < 0 ? staged : ring + slot * UNIT, x_address, lane);
+            if (round < 0) break;
+            __syncwarp();
+            fetch();
+            advance();
+            for (u32 t = 0; t < N_TILES; ++t) x_address[t] += 256;
+        }
 
-            if (SLICES == 1 && round > 0) __syncthreads(); // the sums of the round before have been added
-            if (SLICES > 1 && round >= 2) mbarrier_wait_cluster(empty + buffer * 8, (round / 2 - 1) % 2);
-            const u32 tokens = round < 0 ? 0 : args.rows;
+        if (round > 0) barrier(); // the sums of the round before have been added
+        const u32 tokens = round < 0 ? 0 : args.rows;
 #pragma unroll
-            for (u32 tile = 0; tile < 2; ++tile) {
+        for (u32 tile = 0; tile < 2; ++tile) {
 #pragma unroll
-                for (u32 upper = 0; upper < 2; ++upper) {
-                    const u32 feature = warp_n * 32 + tile * 16 + upper * 8 + lane / 4;
-                    const u32 local = sums + buffer * sums_bytes + (part * args.rows * OWNED + feature % OWNED) * 4;
-                    const u32 address = SLICES == 1 ? local : remote_address(local, feature / OWNED);
+            for (u32 upper = 0; upper < 2; ++upper) {
+                const u32 feature = warp_n * 32 + tile * 16 + upper * 8 + lane / 4;
+                const u32 local = sums + (part * args.rows * OWNED + feature % OWNED) * 4;
+                const u32 address = SLICES == 1 ? local : remote_address(local, feature / OWNED);
 #pragma unroll
-                    for (u32 t = 0; t < N_TILES; ++t) {
+                for (u32 t = 0; t < N_TILES; ++t) {
 #pragma unroll
-                        for (u32 odd = 0; odd < 2; ++odd) {
-                            const u32 token = t * 8 + (lane % 4) * 2 + odd;
-                            const float value = acc[tile][t][upper * 2 + odd];
-                            if (SLICES == 1) store_shared_float_if(token < tokens, address + token * OWNED * 4, value);
-                            else remote_store_if(token < tokens, address + token * OWNED * 4, value);
-                        }
+                    for (u32 odd = 0; odd < 2; ++odd) {
+                        const u32 token = t * 8 + (lane % 4) * 2 + odd;
+                        const float value = acc[tile][t][upper * 2 + odd];
+                        if (SLICES == 1) store_shared_float_if(token < tokens, address + token * OWNED * 4, value);
+                        else remote_store_if(token < tokens, address + token * OWNED * 4, value);
                     }
                 }
             }
-            if (SLICES > 1) {
-                __syncwarp();
-                if (round >= 0 && lane < SLICES) mbarrier_arrive_remote(full + buffer * 8, lane);
-            } else {
-                __syncthreads();
-            }
         }
-        // Parts from other blocks are on their way for as long as a round takes; those of this block are all there.
-        if (SLICES == 1 && round < rounds) finish(round, round < 0 ? ~0u / 64 : stripe);
-        if (SLICES > 1 && round != 0) finish(round < 0 ? round : round - 1, round < 0 ? ~0u / 64 : stripe - stripe_step);
+        if (round < 0) __syncthreads();
+        else barrier();
+        finish(round < 0 ? ~0u / 64 : stripe); // in the rehearsal, of stripes that do not exist
     }
 }
 

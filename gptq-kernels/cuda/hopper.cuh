@@ -32,32 +32,6 @@ DEVICE void mbarrier_wait(u32 barrier, u32 parity) {
         "}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-DEVICE void mbarrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// One arrival at the barrier of the same name in block `rank` of the cluster, after this thread's (and, past a
-// `__syncwarp`, its warp's) earlier writes.
-DEVICE void mbarrier_arrive_remote(u32 barrier, u32 rank) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-        "}" ::"r"(barrier), "r"(rank) : "memory");
-}
-
-// Like `mbarrier_wait`, for arrivals from the whole cluster.
-DEVICE void mbarrier_wait_cluster(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(barrier), "r"(parity) : "memory");
-}
-
 // Asynchronous copy of `bytes` (a multiple of 16, both ends aligned to 16) that completes on `barrier`.
 DEVICE void bulk_copy(u32 to_shared, const void* from_global, u32 bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"

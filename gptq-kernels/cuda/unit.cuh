@@ -14,8 +14,8 @@
 
 __host__ __device__ constexpr u32 unit_bytes(u32 groups, bool asym) { return 2048 + groups * (asym ? 96 : 64); }
 
-// Where the rings start: behind four barriers of the block and `depth` of each warp.
-__host__ __device__ constexpr u32 ring_offset(u32 warps, u32 depth) { return (32 + warps * depth * 8 + 127) / 128 * 128; }
+// Where the rings start: behind the `depth` barriers of each warp.
+__host__ __device__ constexpr u32 ring_offset(u32 warps, u32 depth) { return (warps * depth * 8 + 127) / 128 * 128; }
 
 // What turns the nibbles of a row into `code - zero`: added to 1024 + code, or to 64 + code.
 struct Zero {

@@ -27,15 +27,25 @@ fn gpu<T: Element>() -> Option<CudaDevice<T>> {
     }
 }
 
-fn battery<T: Element>() {
+/// Runs the battery and prints, for every kind of layer, the largest error in units of the kernel's bound: the table in
+/// `docs/KERNEL-ERRORS.md`.
+fn battery<T: Element>(dtype: &str) {
     let Some(device) = gpu::<T>() else { return };
     let mut failed = Vec::new();
     for kernel in cuda::kernels(&device) {
-        let report = conformance::run(&device, kernel.as_ref());
-        println!("{}", report.to_string().lines().next().unwrap_or_default());
-        if !report.passed() {
-            failed.push(report.to_string());
+        let mut run = 0;
+        for kind in Case::all().chunk_by(|a, b| a.weight == b.weight) {
+            let report = conformance::run_cases(&device, kernel.as_ref(), kind);
+            run += report.run;
+            if report.run > 0 {
+                println!("{} | {dtype} | {:?} | {:.3}", kernel.name(), kind[0].weight, report.worst);
+            }
+            if !report.failures.is_empty() {
+                failed.push(report.to_string());
+            }
         }
+        println!("{}, {dtype}: {run} cases run", kernel.name());
+        assert!(run > 0, "{} has no case", kernel.name());
     }
     for (kernel, reason) in cuda::unavailable(&device) {
         println!("{kernel}: not run, {reason}");
@@ -45,12 +55,12 @@ fn battery<T: Element>() {
 
 #[test]
 fn every_kernel_passes_the_battery_in_fp16() {
-    battery::<f16>();
+    battery::<f16>("fp16");
 }
 
 #[test]
 fn every_kernel_passes_the_battery_in_bf16() {
-    battery::<bf16>();
+    battery::<bf16>("bf16");
 }
 
 #[test]
@@ -249,7 +259,20 @@ fn a_thousand_runs_are_equal_to_the_bit() {
 
 #[test]
 fn activations_may_begin_anywhere() {
-    each::<bf16>(&Layer::new(640, 96), |device, kernel, packed| {
+    // The second is gathered, the third too long for one block.
+    let layers = [
+        Layer::new(640, 96),
+        Layer { act_order: true, ..Layer::new(640, 96) },
+        Layer::new(32768, 70),
+        Layer { act_order: true, ..Layer::new(14336, 70) },
+    ];
+    for layer in layers {
+        begin_anywhere(&layer);
+    }
+}
+
+fn begin_anywhere(layer: &Layer) {
+    each::<bf16>(layer, |device, kernel, packed| {
         let (rows, inputs, outputs) = (3, packed.in_features(), packed.out_features());
         let mut random = Random(11);
         let run = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
@@ -373,13 +396,4 @@ fn a_forward_pass_can_be_recorded_and_replayed() {
         device.download(CudaDevice::slice(&y, 0..outputs), &mut got).unwrap();
         assert_eq!(got, expected, "{}", kernel.name());
     });
-}
-
-#[test]
-fn the_battery_has_layers_for_every_kernel() {
-    let Some(device) = gpu::<f16>() else { return };
-    for kernel in cuda::kernels(&device) {
-        let case = Case::all().swap_remove(60);
-        assert!(conformance::run_cases(&device, kernel.as_ref(), &[case]).failures.is_empty());
-    }
 }

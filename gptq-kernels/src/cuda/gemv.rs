@@ -15,9 +15,10 @@
 //! | block-scope barriers where there is no cluster; a rehearsal round to warm the instruction cache | 5.1 / 9.3 / 9.4 / 32.7 | -1 us on 4096 x 4096 |
 //! | nothing derived anew per unit: addresses uniform, ring depth a constant | 4.9 / 8.1 / 8.6 / 30.3 | a third of the instructions were address arithmetic |
 //! | one block barrier a round instead of two `mbarrier`s; sums in one buffer, which lets 8 rows of 8192 fit | 4.7 / 7.8 / 8.5 / 30.8 | 8192 x 28672 with 8 rows 42 -> 33 |
-//! | act-order: columns fetched ahead of the wait, whole rows of x brought to shared memory and picked there | 6.0 / 8.7 / 10.2 / 32.0 act-ordered | was 9.0 / 12.0 / 18.4 / 38.5 with scattered reads of global memory; wanted within 5 % of the layer without, is within 4 to 35 % |
+//! | the same with a cluster's barrier for clusters, which are then needed only where x does not fit | 4.8 / 7.8 / 8.4 / 31.1 | nothing lost, and racecheck understands it |
+//! | act-order: columns fetched ahead of the wait, whole rows of x brought to shared memory and picked there | 6.0 / 8.7 / 10.2 / 32.0 act-ordered | was 9.0 / 12.0 / 18.4 / 38.5 with scattered reads of global memory; wanted within 5 % of the layer without, is within 4 to 29 % |
 //!
-//! 55 to 59 registers, no spills in fp16 images; 187 instructions for 128 weights a thread: 1.5 a weight, 0.8 of them
+//! 57 or 58 registers, no spills in fp16 images; 187 instructions for 128 weights a thread: 1.5 a weight, 0.8 of them
 //! integer.
 
 use std::marker::PhantomData;
@@ -79,13 +80,12 @@ impl Variant {
     }
 
     /// Bytes of shared memory, laid out as `gemv` in `gemv_sm90.cu` does, without what gathering needs.
-    fn shared_memory(&self, unit: usize, k_units: usize, rows: usize, rounds: usize) -> usize {
-        let barriers = (32 + self.warps() * self.depth * 8).next_multiple_of(128);
+    fn shared_memory(&self, unit: usize, k_units: usize, rows: usize) -> usize {
+        let barriers = (self.warps() * self.depth * 8).next_multiple_of(128);
         let rings = (self.warps() * self.depth * unit).next_multiple_of(128);
         let x = rows * (self.width(k_units) * 2 + 64);
         let sums = PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4;
-        let buffers = if self.slices() > 1 { rounds.min(2) } else { 1 };
-        barriers + rings + x + sums * buffers
+        barriers + rings + x + sums
     }
 
     /// Columns of x that a block holds, at most.
@@ -151,8 +151,8 @@ impl<T: Element> Gemv<T> {
         let one_long_round = clusters(&SHALLOW).1 == 1 && units.k_units > 4 * PARTS;
         let order = if one_long_round { [DEEP, SHALLOW, PAIRED] } else { [SHALLOW, DEEP, PAIRED] };
         for variant in order {
-            let (clusters, rounds) = clusters(&variant);
-            let shared = variant.shared_memory(unit, units.k_units, rows, rounds);
+            let (clusters, _) = clusters(&variant);
+            let shared = variant.shared_memory(unit, units.k_units, rows);
             let Some(spare) = self.device.shared_memory().checked_sub(shared) else { continue };
             // An act-ordered layer also needs its columns and some whole rows, the more the better.
             let (mut raw_rows, mut gathering) = (0, 0);
