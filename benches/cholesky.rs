@@ -3,6 +3,8 @@
 //! `cargo bench -p gptq-benches --bench cholesky`; with `--features lapack-openblas-system` LAPACK is compared. Threads by
 //! `RAYON_NUM_THREADS`, and `OPENBLAS_NUM_THREADS` for LAPACK.
 
+#![allow(missing_docs, reason = "criterion_group! makes public functions without")]
+
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gptq_core::{BlockedCholesky, Factorize};
 use ndarray::Array2;

@@ -2,6 +2,8 @@
 //!
 //! `cargo bench -p gptq-benches --bench hessian`; threads by `RAYON_NUM_THREADS`.
 
+#![allow(missing_docs, reason = "criterion_group! makes public functions without")]
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use gptq_core::HessianAccumulator;
 use ndarray::Array2;
