@@ -15,7 +15,7 @@ mod sealed {
     impl Sealed for half::bf16 {}
 }
 
-/// The type of activations: [`f16`] or [`bf16`].
+/// The type of activations: [`struct@f16`] or [`bf16`].
 pub trait Element:
     DeviceRepr + ValidAsZeroBits + Copy + Send + Sync + Unpin + sealed::Sealed + 'static
 {
