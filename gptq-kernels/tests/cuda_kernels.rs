@@ -397,3 +397,32 @@ fn a_forward_pass_can_be_recorded_and_replayed() {
         assert_eq!(got, expected, "{}", kernel.name());
     });
 }
+
+#[test]
+fn a_caller_may_bring_its_own_context_stream_and_slices() {
+    if gpu::<f16>().is_none() {
+        return;
+    }
+    let context = cudarc::driver::CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let device = CudaDevice::<f16>::on(Arc::clone(&stream)).unwrap();
+    let packed = Layer::new(512, 64).pack();
+    for kernel in cuda::kernels(&device) {
+        let layer = kernel.prepare(&packed).unwrap();
+        let x_host: Vec<f16> = (0..512).map(|i| f16::from_f32((i % 7) as f32 - 3.0)).collect();
+        let x = stream.clone_htod(&x_host).unwrap();
+        let mut y = stream.alloc_zeros::<f16>(64 + 8).unwrap();
+        let mut workspace = Workspace::new(&device, layer.workspace_len(1)).unwrap();
+        let (x, mut into) = (MatRef::new((&x).into(), 1, 512).unwrap(), y.slice_mut(8..));
+        layer.forward(x, MatMut::new(into.slice_mut(..).into(), 1, 64).unwrap(), &mut workspace).unwrap();
+        let got = stream.clone_dtoh(&y).unwrap();
+        assert!(got[..8].iter().all(|&margin| margin == f16::ZERO));
+        let (reference, bound) = (Reference::new(&packed), kernel.error_bound(&LinearSpec::of(&packed)));
+        let x: Vec<f32> = x_host.iter().map(|x| x.to_f32()).collect();
+        for (output, got) in got[8..].iter().enumerate() {
+            let exact = reference.element(&x, output);
+            let error = (got.to_f64() - exact.y).abs();
+            assert!(error <= bound.of(exact.magnitude, exact.y, exact.weight_sum), "{}", kernel.name());
+        }
+    }
+}
