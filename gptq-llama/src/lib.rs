@@ -46,6 +46,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod buffers;
 mod cache;
 pub mod config;
 mod error;

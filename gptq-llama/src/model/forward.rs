@@ -1,11 +1,12 @@
 use std::time::{Duration, Instant};
 
-use gptq_kernels::{Backend, KernelError, Linear, MatMut, MatRef};
+use gptq_kernels::{Backend, KernelError, Linear, MatRef};
 use ndarray::Array2;
 
 use super::{DecoderLayer, Llama};
 use crate::{
     KvCache, LlamaError, SequenceId,
+    buffers::{mat, mat_mut},
     cache::{Block, Scratch, Stream, Timings},
 };
 
@@ -76,20 +77,6 @@ impl<D: Backend> Stopwatch<'_, D> {
         }
         Ok(())
     }
-}
-
-/// The first `rows` rows of a contiguous buffer.
-fn mat<D: Backend>(buffer: &D::Buffer, rows: usize, cols: usize) -> Result<MatRef<'_, D>, KernelError> {
-    MatRef::new(D::slice(buffer, 0..rows * cols), rows, cols)
-}
-
-/// The first `rows` rows of a contiguous buffer, to write.
-fn mat_mut<D: Backend>(
-    buffer: &mut D::Buffer,
-    rows: usize,
-    cols: usize,
-) -> Result<MatMut<'_, D>, KernelError> {
-    MatMut::new(D::slice_mut(buffer, 0..rows * cols), rows, cols)
 }
 
 /// A whole buffer.

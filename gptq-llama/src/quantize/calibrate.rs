@@ -1,8 +1,13 @@
-use gptq_kernels::{Backend, KernelError, KvShape, MatMut, MatRef, SequencePlan, StepPlan, Workspace};
+use gptq_kernels::{Backend, KernelError, KvShape, SequencePlan, StepPlan, Workspace};
 use ndarray::Array2;
 
 use super::layer::{Decoder, Stage};
-use crate::{LlamaConfig, LlamaError, TokenRows, WeightSource, names, weights::read_tensor};
+use crate::{
+    LlamaConfig, LlamaError, TokenRows, WeightSource,
+    buffers::{mat, mat_mut},
+    names,
+    weights::read_tensor,
+};
 
 /// Takes calibration rows through a decoder layer, stage by stage.
 pub(super) struct Calibration<'a, D: Backend> {
@@ -29,18 +34,6 @@ pub(super) struct Calibration<'a, D: Backend> {
 pub(super) struct Stream<D: Backend> {
     hidden: Vec<D::Buffer>,
     kept: Vec<Option<D::Buffer>>,
-}
-
-fn mat<D: Backend>(buffer: &D::Buffer, rows: usize, cols: usize) -> Result<MatRef<'_, D>, KernelError> {
-    MatRef::new(D::slice(buffer, 0..rows * cols), rows, cols)
-}
-
-fn mat_mut<D: Backend>(
-    buffer: &mut D::Buffer,
-    rows: usize,
-    cols: usize,
-) -> Result<MatMut<'_, D>, KernelError> {
-    MatMut::new(D::slice_mut(buffer, 0..rows * cols), rows, cols)
 }
 
 impl<'a, D: Backend> Calibration<'a, D> {

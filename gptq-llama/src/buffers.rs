@@ -1,0 +1,21 @@
+//! Buffers as matrices.
+
+use gptq_kernels::{Backend, KernelError, MatMut, MatRef};
+
+/// The first `rows` rows of a contiguous buffer.
+pub(crate) fn mat<D: Backend>(
+    buffer: &D::Buffer,
+    rows: usize,
+    cols: usize,
+) -> Result<MatRef<'_, D>, KernelError> {
+    MatRef::new(D::slice(buffer, 0..rows * cols), rows, cols)
+}
+
+/// The first `rows` rows of a contiguous buffer, to write.
+pub(crate) fn mat_mut<D: Backend>(
+    buffer: &mut D::Buffer,
+    rows: usize,
+    cols: usize,
+) -> Result<MatMut<'_, D>, KernelError> {
+    MatMut::new(D::slice_mut(buffer, 0..rows * cols), rows, cols)
+}
