@@ -10,8 +10,8 @@ use clap::Parser;
 use gptq_examples::failure::{Failure, run};
 use gptq_format::{Bits, PackedLinear};
 use gptq_kernels::{
-    ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, WeightFormat,
-    Workspace, conformance,
+    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
+    WeightFormat, Workspace, conformance,
     cpu::{self, Cpu},
     select,
 };
@@ -39,6 +39,7 @@ impl LinearKernel<Cpu> for Mine {
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
+        spec.only_stores()?;
         match spec.weight {
             WeightFormat::Gptq { bits: Bits::B4, .. } => Ok(()),
             WeightFormat::Gptq { bits, .. } => Err(Unsupported::Bits { bits: bits.get() }),
@@ -125,7 +126,13 @@ fn body(_: Args) -> Result<(), Failure> {
     kernels.insert(0, Box::new(Mine));
     for bits in [Bits::B4, Bits::B8] {
         let weight = WeightFormat::Gptq { bits, group_size: 128, sym: true, act_order: false };
-        let spec = LinearSpec { in_features: 256, out_features: 256, weight, bias: false };
+        let spec = LinearSpec {
+            in_features: 256,
+            out_features: 256,
+            weight,
+            bias: false,
+            epilogue: Epilogue::Store,
+        };
         let (_, selection) = select(&kernels, &spec, None)?;
         println!("{} bits: {selection}", bits.get());
     }

@@ -1,29 +1,46 @@
-//! Compiles the CUDA sources in `cuda/` to the PTX images in `cuda/ptx/` and writes their manifest. `cuda/README.md` says
+//! Compiles the CUDA sources in `cuda/` to the PTX images in `cuda/ptx/` and writes their manifests. `cuda/README.md` says
 //! how to run it.
 
-use std::{error::Error, fs, path::Path};
+use std::{collections::BTreeSet, env, error::Error, fs, path::Path};
 
 use cudarc::nvrtc::{self, CompileOptions};
 use sha2::{Digest, Sha256};
 
-/// Name, source, architecture and macros of every image.
-fn images() -> Vec<(String, &'static str, &'static str, Vec<String>)> {
-    let mut images = Vec::new();
-    for (half, class) in [("f16", "Fp16"), ("bf16", "Bf16")] {
+/// Images of one source. They have a folder and a manifest of their own.
+struct Family {
+    /// Name of the folder.
+    name: &'static str,
+    source: &'static str,
+    arch: &'static str,
+    /// Name and macros of every image.
+    images: Vec<(String, Vec<String>)>,
+}
+
+const HALVES: [(&str, &str); 2] = [("f16", "Fp16"), ("bf16", "Bf16")];
+
+fn families() -> Vec<Family> {
+    let mut plain = Vec::new();
+    let mut gemv = Vec::new();
+    for (half, class) in HALVES {
         let half_macro = format!("-DIMAGE_HALF={class}");
         for bits in [2, 3, 4, 8] {
-            let macros = vec![half_macro.clone(), format!("-DIMAGE_BITS={bits}")];
-            images.push((format!("plain-{half}-{bits}"), "plain.cu", "compute_80", macros));
+            plain.push((
+                format!("plain-{half}-{bits}"),
+                vec![half_macro.clone(), format!("-DIMAGE_BITS={bits}")],
+            ));
         }
         for group in [128, 64, 32] {
             for (zero, asym) in [("sym", false), ("asym", true)] {
                 let groups = format!("-DIMAGE_GROUPS={}", 128 / group);
                 let macros = vec![half_macro.clone(), groups, format!("-DIMAGE_ASYM={asym}")];
-                images.push((format!("gemv-{half}-g{group}-{zero}"), "gemv_sm90.cu", "compute_90", macros));
+                gemv.push((format!("gemv-{half}-g{group}-{zero}"), macros));
             }
         }
     }
-    images
+    vec![
+        Family { name: "plain", source: "plain.cu", arch: "compute_80", images: plain },
+        Family { name: "gemv", source: "gemv_sm90.cu", arch: "compute_90", images: gemv },
+    ]
 }
 
 /// PTX without comments and indentation, which are half of it.
@@ -36,6 +53,18 @@ fn hash(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Adds `file` and all that it includes to `files`.
+fn collect_includes(cuda: &Path, file: &str, files: &mut BTreeSet<String>) -> Result<(), Box<dyn Error>> {
+    if files.insert(file.to_owned()) {
+        for line in fs::read_to_string(cuda.join(file))?.lines() {
+            if let Some(rest) = line.strip_prefix("#include \"") {
+                collect_includes(cuda, rest.trim_end_matches('"'), files)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let cuda = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
     let (mut major, mut minor) = (0, 0);
@@ -46,29 +75,39 @@ fn main() -> Result<(), Box<dyn Error>> {
             format!("NVRTC is {major}.{minor}, but images must be made by 12.0, see cuda/README.md").into()
         );
     }
-    fs::create_dir_all(cuda.join("ptx"))?;
-    let mut manifest = String::from("# SHA-256 of the sources, and of the images that were made from them\n");
-    let mut sources: Vec<_> = fs::read_dir(&cuda)?.collect::<Result<Vec<_>, _>>()?;
-    sources.sort_by_key(fs::DirEntry::file_name);
-    for source in sources {
-        let name = source.file_name().into_string().map_err(|_| "a source's name is not UTF-8")?;
-        if name.ends_with(".cu") || name.ends_with(".cuh") {
-            manifest += &format!("{}  {name}\n", hash(&fs::read(source.path())?));
+    let wanted: Vec<String> = env::args().skip(1).collect();
+    for family in families() {
+        if !wanted.is_empty() && !wanted.iter().any(|name| name == family.name) {
+            continue;
         }
+        let folder = cuda.join("ptx").join(family.name);
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?;
+        }
+        fs::create_dir_all(&folder)?;
+        let mut manifest =
+            String::from("# SHA-256 of the sources, and of the images that were made from them\n");
+        let mut sources = BTreeSet::new();
+        collect_includes(&cuda, family.source, &mut sources)?;
+        for name in sources {
+            manifest += &format!("{}  {name}\n", hash(&fs::read(cuda.join(&name))?));
+        }
+        for (name, mut macros) in family.images {
+            let arch = format!("--gpu-architecture={}", family.arch);
+            macros.extend(["--std=c++17".into(), "-default-device".into(), arch]);
+            let options = CompileOptions {
+                include_paths: vec![cuda.to_string_lossy().into_owned()],
+                options: macros,
+                ..CompileOptions::default()
+            };
+            let ptx = nvrtc::compile_ptx_with_opts(fs::read_to_string(cuda.join(family.source))?, options)
+                .map_err(|error| format!("{name}: {error:#?}"))?;
+            let packed = miniz_oxide::deflate::compress_to_vec_zlib(strip(&ptx.to_src()).as_bytes(), 9);
+            let file = format!("ptx/{}/{name}.ptx.z", family.name);
+            fs::write(cuda.join(&file), &packed)?;
+            manifest += &format!("{}  {file}\n", hash(&packed));
+        }
+        fs::write(folder.join("manifest.txt"), manifest)?;
     }
-    for (name, source, arch, mut macros) in images() {
-        macros.extend(["--std=c++17".into(), "-default-device".into(), format!("--gpu-architecture={arch}")]);
-        let options = CompileOptions {
-            include_paths: vec![cuda.to_string_lossy().into_owned()],
-            options: macros,
-            ..CompileOptions::default()
-        };
-        let ptx = nvrtc::compile_ptx_with_opts(fs::read_to_string(cuda.join(source))?, options)
-            .map_err(|error| format!("{name}: {error:#?}"))?;
-        let ptx = strip(&ptx.to_src());
-        fs::write(cuda.join(format!("ptx/{name}.ptx")), &ptx)?;
-        manifest += &format!("{}  ptx/{name}.ptx\n", hash(ptx.as_bytes()));
-    }
-    fs::write(cuda.join("ptx/manifest.txt"), manifest)?;
     Ok(())
 }

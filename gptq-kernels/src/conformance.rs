@@ -6,7 +6,8 @@
 //!   [states](crate::LinearKernel::error_bound) for its own arithmetic;
 //! - that every element was written (outputs start as NaN) and nothing behind the rows (a strip of NaN must stay);
 //! - that equal calls give equal bits, and that a row gives the same bits alone, in batches of 1, 2, 3, 5, 16 and all
-//!   rows, at any place, and with 1 and 3 threads;
+//!   rows, at any place, and with 1 and 3 threads: in every [class of row counts](crate::Linear::row_class) by itself;
+//! - that an [`Epilogue`] ends as it says;
 //! - that operands of wrong shape and a workspace that is too small give their typed errors, and then nothing is written;
 //! - that `supports` tells the truth, and the layer its name and spec.
 //!
@@ -25,9 +26,12 @@ mod report;
 pub use case::{Case, CaseWeight, Groups};
 pub use report::{Defect, Failure, Report};
 
+use std::ops::Range;
+
 use case::{Data, Weight};
 
-use crate::{Device, KernelError, Linear, LinearKernel, MatMut, MatRef, Workspace};
+use crate::reference::Exact;
+use crate::{Device, Epilogue, ErrorBound, KernelError, Linear, LinearKernel, MatMut, MatRef, Workspace};
 
 /// A kernel whose stated relative error is larger than this proves nothing by keeping it: half of what rounding
 /// activations to bfloat16 costs is already 2^-9.
@@ -80,7 +84,7 @@ impl<D: Device> CaseRun<'_, D> {
         let rows = self.case.rows;
         let mut data = Data::new(self.case)?;
         let prepared = match &data.weight {
-            Weight::Packed(packed) => self.kernel.prepare(packed),
+            Weight::Packed(packed) => self.kernel.prepare_fused(packed, self.case.epilogue),
             dense @ Weight::Dense { .. } => match dense.as_dense() {
                 Some(dense) => self.kernel.prepare_dense(&dense),
                 None => return Ok(()),
@@ -119,23 +123,52 @@ impl<D: Device> CaseRun<'_, D> {
         self.device.download(D::slice(&x, 0..data.x.len()), &mut data.x)?;
         let subject = Subject { layer: layer.as_ref(), data: &data, x };
 
-        let whole = self.call(&subject, 0, rows)?;
-        self.exactness(&subject, &whole);
-        let again = self.call(&subject, 0, rows)?;
-        for row in differing(&whole, &again, self.case.out_features) {
-            self.fail(rows, Defect::NotRepeatable { row });
+        for class in self.row_classes(&subject) {
+            self.row_class(&subject, class)?;
         }
-        self.row_invariance(&subject, &whole)?;
-        self.thread_invariance(&subject, &whole)?;
         self.call(&subject, 0, 0)?;
         self.bad_calls(&subject)
     }
 
+    /// The classes of row counts up to the case's.
+    fn row_classes(&mut self, subject: &Subject<'_, D>) -> Vec<Range<usize>> {
+        let mut classes = Vec::new();
+        let mut rows = self.case.rows;
+        while rows > 0 {
+            let class = subject.layer.row_class(rows);
+            if !class.contains(&rows) {
+                self.fail(rows, Defect::Contradiction(format!("{rows} rows are of class {class:?}")));
+                break;
+            }
+            classes.push((*class.start()).max(1)..rows + 1);
+            rows = class.start().saturating_sub(1);
+        }
+        classes
+    }
+
+    /// All checks of results, with numbers of rows in `class`.
+    fn row_class(&mut self, subject: &Subject<'_, D>, class: Range<usize>) -> Result<(), KernelError> {
+        let rows = class.end - 1;
+        let whole = self.call(subject, 0, rows)?;
+        self.exactness(subject, &whole);
+        let again = self.call(subject, 0, rows)?;
+        for row in differing(&whole, &again, self.case.y_features()) {
+            self.fail(rows, Defect::NotRepeatable { row });
+        }
+        self.row_invariance(subject, &class, &whole)?;
+        self.thread_invariance(subject, &class, &whole)
+    }
+
     /// Runs rows `start .. start + rows`; returns `y`, and reports what was written where it must not be.
     fn call(&mut self, subject: &Subject<'_, D>, start: usize, rows: usize) -> Result<Vec<f32>, KernelError> {
-        let (inputs, outputs) = (self.case.in_features, self.case.out_features);
+        let (inputs, outputs) = (self.case.in_features, self.case.y_features());
         let stride = outputs + MARGIN;
         let mut y = vec![f32::NAN; rows * stride];
+        if self.case.epilogue == Epilogue::Add {
+            for (row, y) in y.chunks_mut(stride).enumerate() {
+                y[..outputs].copy_from_slice(&subject.data.residual[(start + row) * outputs..][..outputs]);
+            }
+        }
         let mut buffer = self.device.alloc(y.len())?;
         self.device.upload(&y, D::slice_mut(&mut buffer, 0..y.len()))?;
         let mut workspace = Workspace::new(self.device, subject.layer.workspace_len(rows))?;
@@ -160,18 +193,16 @@ impl<D: Device> CaseRun<'_, D> {
     }
 
     fn exactness(&mut self, subject: &Subject<'_, D>, whole: &[f32]) {
-        let (inputs, outputs) = (self.case.in_features, self.case.out_features);
+        let outputs = self.case.y_features();
         let bound = self.kernel.error_bound(&subject.data.spec);
         for (row, y) in whole.chunks(outputs).enumerate() {
-            let x = &subject.data.x[row * inputs..][..inputs];
             let mut worst: Option<(f64, Defect)> = None;
             for (output, &got) in y.iter().enumerate() {
-                let exact = subject.data.reference.element(x, output);
-                let error = (f64::from(got) - exact.y).abs();
-                let allowed = bound.of(exact.magnitude, exact.y, exact.weight_sum);
+                let (exact, allowed) = self.expected(subject.data, &bound, row, output);
+                let error = (f64::from(got) - exact).abs();
                 let units = if error == 0.0 { 0.0 } else { error / allowed };
                 if worst.as_ref().is_none_or(|(most, _)| units > *most) {
-                    worst = Some((units, Defect::Inexact { row, output, got, exact: exact.y, units }));
+                    worst = Some((units, Defect::Inexact { row, output, got, exact, units }));
                 }
             }
             if let Some((units, defect)) = worst {
@@ -183,13 +214,45 @@ impl<D: Device> CaseRun<'_, D> {
         }
     }
 
+    /// The exact value of an element, and how far from it a kernel with that bound may be.
+    fn expected(&self, data: &Data, bound: &ErrorBound, row: usize, output: usize) -> (f64, f64) {
+        let x = &data.x[row * self.case.in_features..][..self.case.in_features];
+        let p = data.reference.element(x, output);
+        match self.case.epilogue {
+            Epilogue::Store => (p.y, bound.of(p.magnitude, p.y, p.weight_sum)),
+            Epilogue::Add => {
+                let before = f64::from(data.residual[row * self.case.out_features + output]);
+                let y = before + p.y;
+                (y, bound.of(p.magnitude + before.abs(), y, p.weight_sum))
+            }
+            Epilogue::SiluMul => {
+                let up = data.reference.element(x, output + self.case.y_features());
+                let silu = p.y / (1.0 + (-p.y).exp());
+                // Errors of the products before the rounding of the result; the slope of silu is at most 1.1. Silu itself
+                // in float32: the exponent is wrong by its own rounding, which is relative to |g|; the exponential, the
+                // division and the product by some units.
+                let inner = |p: &Exact| bound.relative * p.magnitude + bound.absolute * p.weight_sum;
+                let (d_gate, d_up) = (inner(&p), inner(&up));
+                let y = silu * up.y;
+                let evaluation = y.abs() * (p.y.abs() + 8.0) * f64::from(f32::EPSILON);
+                let propagated = 1.1 * d_gate * (up.y.abs() + d_up) + silu.abs() * d_up + evaluation;
+                (y, propagated * (1.0 + bound.output) + bound.output * y.abs() + bound.floor)
+            }
+        }
+    }
+
     /// Calls with parts of the rows, at changing places, and every row alone.
-    fn row_invariance(&mut self, subject: &Subject<'_, D>, whole: &[f32]) -> Result<(), KernelError> {
-        let (all, outputs) = (self.case.rows, self.case.out_features);
-        let parts = [2, 3, 5, 16].into_iter().filter(|&rows| rows < all);
+    fn row_invariance(
+        &mut self,
+        subject: &Subject<'_, D>,
+        class: &Range<usize>,
+        whole: &[f32],
+    ) -> Result<(), KernelError> {
+        let (all, outputs) = (class.end - 1, self.case.y_features());
+        let parts = [2, 3, 5, 16, class.start].into_iter().filter(|&rows| rows < all);
         let parts = parts.flat_map(|rows| [(0, rows), (all - rows, rows), ((all - rows) / 2, rows)]);
         let alone = (0..all).step_by(all.div_ceil(33)).map(|row| (row, 1));
-        for (start, rows) in parts.chain(alone) {
+        for (start, rows) in parts.chain(alone).filter(|(_, rows)| class.contains(rows)) {
             let part = self.call(subject, start, rows)?;
             let batch = &whole[start * outputs..][..rows * outputs];
             for row in differing(batch, &part, outputs) {
@@ -204,8 +267,13 @@ impl<D: Device> CaseRun<'_, D> {
         Ok(())
     }
 
-    fn thread_invariance(&mut self, subject: &Subject<'_, D>, whole: &[f32]) -> Result<(), KernelError> {
-        let outputs = self.case.out_features;
+    fn thread_invariance(
+        &mut self,
+        subject: &Subject<'_, D>,
+        class: &Range<usize>,
+        whole: &[f32],
+    ) -> Result<(), KernelError> {
+        let outputs = self.case.y_features();
         for threads in [1, 3] {
             let pool = match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
                 Ok(pool) => pool,
@@ -214,7 +282,7 @@ impl<D: Device> CaseRun<'_, D> {
                     continue;
                 }
             };
-            for rows in [1, self.case.rows] {
+            for rows in [class.start, class.end - 1] {
                 let y = pool.install(|| self.call(subject, 0, rows))?;
                 for row in differing(&whole[..rows * outputs], &y, outputs) {
                     self.fail(rows, Defect::ThreadVariant { row, threads });
@@ -226,7 +294,7 @@ impl<D: Device> CaseRun<'_, D> {
 
     /// Calls that must fail, and must not write.
     fn bad_calls(&mut self, subject: &Subject<'_, D>) -> Result<(), KernelError> {
-        let (inputs, outputs) = (self.case.in_features, self.case.out_features);
+        let (inputs, outputs) = (self.case.in_features, self.case.y_features());
         let rows = self.case.rows.min(2);
         let needed = subject.layer.workspace_len(rows);
         // What is wrong; rows and columns of x; of y; workspace

@@ -114,8 +114,8 @@ pub fn check_operands<D: Device>(
     if x.cols() != spec.in_features {
         return shape("x", x.rows(), spec.in_features, x.rows(), x.cols());
     }
-    if y.cols() != spec.out_features || y.rows() != x.rows() {
-        return shape("y", x.rows(), spec.out_features, y.rows(), y.cols());
+    if y.cols() != spec.y_features() || y.rows() != x.rows() {
+        return shape("y", x.rows(), spec.y_features(), y.rows(), y.cols());
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-use crate::LinearSpec;
+use crate::{Epilogue, LinearSpec};
 
 /// Why a kernel cannot run a layer, or cannot run on this machine at all.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -68,6 +68,12 @@ pub enum Unsupported {
     /// The kernel takes other weights than these.
     #[error("weights of this format are not supported")]
     WeightFormat,
+    /// The kernel does not end this way.
+    #[error("epilogue {epilogue:?} is not supported for this layer")]
+    Epilogue {
+        /// What the layer does with its product.
+        epilogue: Epilogue,
+    },
 }
 
 /// What can go wrong in preparing or running a layer.

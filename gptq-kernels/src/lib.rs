@@ -19,6 +19,6 @@ pub use bound::ErrorBound;
 pub use dense::{DenseData, DenseType, DenseWeight};
 pub use device::{Device, Workspace};
 pub use error::{KernelError, Unsupported};
-pub use linear::{Linear, LinearKernel, LinearSpec, WeightFormat};
+pub use linear::{Epilogue, Linear, LinearKernel, LinearSpec, WeightFormat};
 pub use matrix::{MatMut, MatRef};
 pub use select::{PassedOver, Selection, select};

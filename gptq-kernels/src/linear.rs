@@ -1,3 +1,5 @@
+use std::ops::RangeInclusive;
+
 use gptq_format::{Bits, PackedLinear};
 
 use crate::{
@@ -15,6 +17,22 @@ pub struct LinearSpec {
     pub weight: WeightFormat,
     /// Whether a bias is added.
     pub bias: bool,
+    /// What becomes of the product.
+    pub epilogue: Epilogue,
+}
+
+/// What a linear layer does with `p = x W^T + bias` before it stores it. Nothing is rounded to the device's element type
+/// in between, so that a fused layer is more exact than the operations it stands for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Epilogue {
+    /// `y = p`
+    #[default]
+    Store,
+    /// `y += p`: the residual of a decoder.
+    Add,
+    /// `y[i] = silu(p[i]) * p[i + out_features / 2]` with `silu(g) = g / (1 + exp(-g))`: gate and up of a decoder, one
+    /// above the other in `W`. `out_features` is even, and `y` has half as many columns.
+    SiluMul,
 }
 
 /// How a linear layer stores its weight.
@@ -36,6 +54,29 @@ pub enum WeightFormat {
 }
 
 impl LinearSpec {
+    /// Columns of `y`.
+    pub fn y_features(&self) -> usize {
+        match self.epilogue {
+            Epilogue::Store | Epilogue::Add => self.out_features,
+            Epilogue::SiluMul => self.out_features / 2,
+        }
+    }
+
+    /// An error unless the layer only stores its product: what kernels without epilogues ask in
+    /// [`supports`](LinearKernel::supports).
+    pub fn only_stores(&self) -> Result<(), Unsupported> {
+        match self.epilogue {
+            Epilogue::Store => Ok(()),
+            epilogue => Err(Unsupported::Epilogue { epilogue }),
+        }
+    }
+
+    /// The same layer with another end.
+    #[must_use]
+    pub fn with_epilogue(self, epilogue: Epilogue) -> Self {
+        Self { epilogue, ..self }
+    }
+
     /// The spec of a packed layer.
     pub fn of(weight: &PackedLinear) -> Self {
         Self {
@@ -48,6 +89,7 @@ impl LinearSpec {
                 act_order: weight.is_act_order(),
             },
             bias: weight.bias().is_some(),
+            epilogue: Epilogue::Store,
         }
     }
 
@@ -58,6 +100,7 @@ impl LinearSpec {
             out_features: weight.out_features,
             weight: WeightFormat::Dense(weight.data.dtype()),
             bias: weight.bias.is_some(),
+            epilogue: Epilogue::Store,
         }
     }
 }
@@ -75,6 +118,23 @@ pub trait LinearKernel<D: Device>: Send + Sync {
     /// Repacks the weight into a layout of this kernel's own, which only the returned value can read.
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<D>>, KernelError>;
 
+    /// [`prepare`](Self::prepare) for a layer with an epilogue.
+    ///
+    /// Most kernels only store; that is what the default does.
+    fn prepare_fused(
+        &self,
+        weight: &PackedLinear,
+        epilogue: Epilogue,
+    ) -> Result<Box<dyn Linear<D>>, KernelError> {
+        match epilogue {
+            Epilogue::Store => self.prepare(weight),
+            _ => {
+                let reason = Unsupported::Epilogue { epilogue };
+                Err(KernelError::Unsupported { kernel: self.name(), reason })
+            }
+        }
+    }
+
     /// Copies a dense weight into a layout of this kernel's own, in the type it has.
     ///
     /// Most kernels do packed weights only; that is what the default says.
@@ -88,10 +148,11 @@ pub trait LinearKernel<D: Device>: Send + Sync {
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound;
 }
 
-/// A linear layer that is ready to run: `y = x W^T + bias`, quantised or dense.
+/// A linear layer that is ready to run: `y = x W^T + bias`, quantised or dense, then its [`Epilogue`].
 ///
-/// Row invariance: row `r` of `y` depends on row `r` of `x` alone, to the bit. The number of rows in a call, the
-/// position of a row and the number of threads change nothing.
+/// Row invariance: row `r` of `y` depends on row `r` of `x` alone, to the bit. The position of a row, the other rows and
+/// the number of threads change nothing; nor does the number of rows in a call, as long as it stays in one
+/// [`row_class`](Self::row_class).
 pub trait Linear<D: Device>: Send + Sync {
     /// What the layer is.
     fn spec(&self) -> &LinearSpec;
@@ -99,13 +160,20 @@ pub trait Linear<D: Device>: Send + Sync {
     /// Name of the kernel that runs it.
     fn kernel(&self) -> &'static str;
 
+    /// The numbers of rows around `rows` that are computed with the same arithmetic: a row has the same bits in calls of any
+    /// number of rows in that range. All numbers, unless a kernel does many rows in another way than few.
+    fn row_class(&self, rows: usize) -> RangeInclusive<usize> {
+        let _ = rows;
+        0..=usize::MAX
+    }
+
     /// Bytes of weight, scales and zeros that one forward pass has to read.
     fn weight_bytes(&self) -> usize;
 
     /// Elements of scratch that [`forward`](Self::forward) needs for `rows` rows.
     fn workspace_len(&self, rows: usize) -> usize;
 
-    /// `y (rows, out_features) = x (rows, in_features) W^T + bias`. Allocates nothing and, on a GPU, does not wait.
+    /// `y (rows, y_features) = epilogue(x (rows, in_features) W^T + bias)`. Allocates nothing and, on a GPU, does not wait.
     ///
     /// Errors: [`KernelError::Shape`] if `x` or `y` does not fit the layer, [`KernelError::Workspace`] if the scratch
     /// is too small. Nothing has been written then.

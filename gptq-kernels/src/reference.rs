@@ -8,8 +8,8 @@
 use gptq_format::PackedLinear;
 
 use crate::{
-    DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
-    Workspace,
+    DenseWeight, Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
+    Unsupported, Workspace,
     cpu::{Cpu, check_operands},
 };
 
@@ -89,6 +89,16 @@ impl LinearKernel<Cpu> for ReferenceKernel {
         Ok(Box::new(Reference::new(weight)))
     }
 
+    fn prepare_fused(
+        &self,
+        weight: &PackedLinear,
+        epilogue: Epilogue,
+    ) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
+        let mut reference = Reference::new(weight);
+        reference.spec.epilogue = epilogue;
+        Ok(Box::new(reference))
+    }
+
     fn prepare_dense(&self, weight: &DenseWeight<'_>) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
         Ok(Box::new(Reference::dense(weight)?))
     }
@@ -127,8 +137,14 @@ impl Linear<Cpu> for Reference {
         let y = y.data();
         for row in 0..x.rows() {
             let x = &x.data()[row * x_stride..][..self.spec.in_features];
-            for (o, y) in y[row * y_stride..][..self.spec.out_features].iter_mut().enumerate() {
-                *y = self.element(x, o).y as f32;
+            let width = self.spec.y_features();
+            for (o, y) in y[row * y_stride..][..width].iter_mut().enumerate() {
+                let p = self.element(x, o).y;
+                *y = match self.spec.epilogue {
+                    Epilogue::Store => p,
+                    Epilogue::Add => f64::from(*y) + p,
+                    Epilogue::SiluMul => p / (1.0 + (-p).exp()) * self.element(x, o + width).y,
+                } as f32;
             }
         }
         Ok(())

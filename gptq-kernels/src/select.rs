@@ -94,7 +94,7 @@ mod tests {
     use gptq_format::{Bits, PackedLinear};
 
     use super::*;
-    use crate::{ErrorBound, Linear, WeightFormat, cpu::Cpu};
+    use crate::{Epilogue, ErrorBound, Linear, WeightFormat, cpu::Cpu};
 
     struct Fake(&'static str, Option<Unsupported>);
 
@@ -119,6 +119,7 @@ mod tests {
             out_features: 8,
             weight: WeightFormat::Gptq { bits: Bits::B4, group_size: 32, sym: true, act_order: false },
             bias: false,
+            epilogue: Epilogue::Store,
         }
     }
 

@@ -1,12 +1,17 @@
 //! The battery finds what is wrong with kernels that are wrong on purpose.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{
+    ops::RangeInclusive,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use gptq_kernels::{
-    ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, Workspace,
+    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
+    Workspace,
     conformance::{self, Case, CaseWeight, Defect, Groups, Report},
     cpu::{self, Cpu},
+    reference::ReferenceKernel,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,6 +34,10 @@ enum Fault {
     ClaimsAnything,
     Mislabels,
     RefusesWhatItSupports,
+    StoresInsteadOfAdding,
+    SumsByDeclaredClass,
+    WrongInTheClassOfFewRows,
+    MisstatesClass,
 }
 
 /// The portable kernel with one fault.
@@ -58,7 +67,21 @@ impl LinearKernel<Cpu> for Faulty {
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
+        if self.fault == Fault::StoresInsteadOfAdding && spec.epilogue == Epilogue::Add {
+            return Ok(());
+        }
         self.right.supports(spec)
+    }
+
+    fn prepare_fused(
+        &self,
+        w: &PackedLinear,
+        epilogue: Epilogue,
+    ) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
+        let spec = LinearSpec::of(w).with_epilogue(epilogue);
+        self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: self.name(), reason })?;
+        let right = self.prepare(w)?;
+        Ok(Box::new(FaultyLinear { fault: self.fault, spec, right, calls: AtomicUsize::new(0) }))
     }
 
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {
@@ -131,6 +154,15 @@ impl Linear<Cpu> for FaultyLinear {
         self.right.weight_bytes()
     }
 
+    fn row_class(&self, rows: usize) -> RangeInclusive<usize> {
+        match self.fault {
+            Fault::SumsByDeclaredClass | Fault::WrongInTheClassOfFewRows if rows <= 2 => 0..=2,
+            Fault::SumsByDeclaredClass | Fault::WrongInTheClassOfFewRows => 3..=usize::MAX,
+            Fault::MisstatesClass => 1..=2,
+            _ => self.right.row_class(rows),
+        }
+    }
+
     fn workspace_len(&self, rows: usize) -> usize {
         self.right.workspace_len(rows)
     }
@@ -176,6 +208,8 @@ impl Linear<Cpu> for FaultyLinear {
                 }
             }
             Fault::Nondeterministic if calls % 2 == 1 && rows > 0 => up(&mut data[0]),
+            Fault::WrongInTheClassOfFewRows if rows == 2 => data[0] += 1.0,
+            Fault::SumsByDeclaredClass if rows > 2 => (0..rows).for_each(|row| up(&mut data[row * stride])),
             Fault::SumsByBatch if rows > 2 => up(&mut data[2 * stride]),
             Fault::DependsOnThreads if rayon::current_num_threads() == 3 && rows > 0 => up(&mut data[0]),
             Fault::WritesBehindRow if rows > 0 => data[cols] = 0.0,
@@ -188,10 +222,19 @@ impl Linear<Cpu> for FaultyLinear {
 /// Cases that suffice to show every fault: bias, act-order, asymmetric, more than two rows.
 fn cases() -> Vec<Case> {
     let weight = |group_size, sym, groups| CaseWeight::Packed { bits: Bits::B4, group_size, sym, groups };
-    let case = |weight, bias| Case { in_features: 200, out_features: 70, weight, bias, rows: 17 };
+    let case = |weight, bias, epilogue| Case {
+        in_features: 200,
+        out_features: 70,
+        weight,
+        bias,
+        rows: 17,
+        epilogue,
+    };
     vec![
-        case(weight(Some(32), false, Groups::ActOrder), true),
-        case(weight(Some(128), true, Groups::InOrder), false),
+        case(weight(Some(32), false, Groups::ActOrder), true, Epilogue::Store),
+        case(weight(Some(128), true, Groups::InOrder), false, Epilogue::Store),
+        case(weight(Some(128), true, Groups::InOrder), false, Epilogue::Add),
+        case(weight(Some(32), false, Groups::InOrder), true, Epilogue::SiluMul),
     ]
 }
 
@@ -213,7 +256,14 @@ fn finds(fault: Fault, expected: impl Fn(&Defect) -> bool) {
 fn the_kernel_without_fault_passes() {
     let report = report(Fault::None);
     assert!(report.passed(), "{report}");
-    assert_eq!(report.run, 2);
+    assert_eq!((report.run, report.skipped.len()), (2, 2));
+}
+
+#[test]
+fn a_kernel_that_does_everything_passes() {
+    let report = conformance::run_cases(&Cpu, &ReferenceKernel, &cases());
+    assert!(report.passed(), "{report}");
+    assert_eq!(report.run, 4);
 }
 
 #[test]
@@ -239,6 +289,19 @@ fn results_that_change() {
     finds(Fault::Nondeterministic, |defect| matches!(defect, Defect::NotRepeatable { row: 0 }));
     finds(Fault::SumsByBatch, |defect| matches!(defect, Defect::RowVariant { .. }));
     finds(Fault::DependsOnThreads, |defect| matches!(defect, Defect::ThreadVariant { row: 0, threads: 3 }));
+}
+
+#[test]
+fn classes_of_row_counts() {
+    let report = report(Fault::SumsByDeclaredClass);
+    assert!(report.passed(), "{report}");
+    finds(Fault::WrongInTheClassOfFewRows, |defect| matches!(defect, Defect::Inexact { row: 0, .. }));
+    finds(Fault::MisstatesClass, |defect| matches!(defect, Defect::Contradiction(_)));
+}
+
+#[test]
+fn wrong_ends() {
+    finds(Fault::StoresInsteadOfAdding, |defect| matches!(defect, Defect::Inexact { .. }));
 }
 
 #[test]

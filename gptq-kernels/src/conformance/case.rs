@@ -3,7 +3,7 @@ use std::fmt;
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use half::{bf16, f16};
 
-use crate::{DenseData, DenseType, DenseWeight, KernelError, LinearSpec, reference::Reference};
+use crate::{DenseData, DenseType, DenseWeight, Epilogue, KernelError, LinearSpec, reference::Reference};
 
 /// One layer of the battery, and how many rows it is run with.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +18,8 @@ pub struct Case {
     pub bias: bool,
     /// Rows of the largest call; smaller calls are made of parts of it.
     pub rows: usize,
+    /// What becomes of the product.
+    pub epilogue: Epilogue,
 }
 
 /// The weight of a [`Case`].
@@ -67,14 +69,34 @@ impl fmt::Display for Case {
                 }
             }
         }
-        write!(f, "{}", if self.bias { " bias" } else { "" })
+        write!(f, "{}", if self.bias { " bias" } else { "" })?;
+        match self.epilogue {
+            Epilogue::Store => Ok(()),
+            epilogue => write!(f, " {epilogue:?}"),
+        }
     }
 }
 
 impl Case {
+    /// Columns of `y`.
+    pub fn y_features(&self) -> usize {
+        match self.epilogue {
+            Epilogue::Store | Epilogue::Add => self.out_features,
+            Epilogue::SiluMul => self.out_features / 2,
+        }
+    }
+
     /// The battery: every width, zero-point convention, order and group size, on regular and odd shapes, with and without
-    /// bias; larger layers; many rows; and dense weights.
+    /// bias; larger layers; many rows; epilogues; and dense weights.
     pub fn all() -> Vec<Case> {
+        let case = |in_features, out_features, weight, bias| Case {
+            in_features,
+            out_features,
+            weight,
+            bias,
+            rows: 1,
+            epilogue: Epilogue::Store,
+        };
         let mut cases = Vec::new();
         // Regular; in_features not a multiple of any group size, out_features of 8, 16, 32 or 64; and neither even.
         let shapes = [(256, 64, false), (200, 70, true), (203, 33, false)];
@@ -84,21 +106,24 @@ impl Case {
                     for group_size in [Some(16), Some(32), Some(64), Some(128), None] {
                         let weight = CaseWeight::Packed { bits, group_size, sym, groups };
                         for (in_features, out_features, bias) in shapes {
-                            cases.push(Case { in_features, out_features, weight, bias, rows: 33 });
+                            cases.push(Case { rows: 33, ..case(in_features, out_features, weight, bias) });
                         }
                     }
                 }
             }
             for sym in [true, false] {
                 let weight = |group_size, groups| CaseWeight::Packed { bits, group_size, sym, groups };
-                let case = |in_features, out_features, weight, bias, rows| Case {
-                    in_features,
-                    out_features,
-                    weight,
-                    bias,
+                let fused = |epilogue, case| Case { epilogue, ..case };
+                let case = |inputs, outputs, weight, bias, rows| Case {
                     rows,
+                    ..case(inputs, outputs, weight, bias)
                 };
                 cases.extend([
+                    fused(Epilogue::Add, case(256, 72, weight(Some(128), Groups::InOrder), true, 33)),
+                    fused(Epilogue::Add, case(1100, 33, weight(Some(32), Groups::ActOrder), false, 9)),
+                    fused(Epilogue::SiluMul, case(256, 128, weight(Some(128), Groups::InOrder), false, 33)),
+                    fused(Epilogue::SiluMul, case(203, 70, weight(Some(32), Groups::ActOrder), true, 17)),
+                    fused(Epilogue::SiluMul, case(1100, 74, weight(None, Groups::InOrder), false, 67)),
                     case(8, 8, weight(Some(16), Groups::InOrder), true, 5),
                     case(1, 1, weight(None, Groups::InOrder), true, 3),
                     case(300, 40, weight(Some(32), Groups::Arbitrary), false, 17),
@@ -113,7 +138,7 @@ impl Case {
             for (in_features, out_features, bias, rows) in
                 [(256, 64, true, 33), (203, 33, false, 33), (1, 1, true, 2), (300, 136, false, 131)]
             {
-                cases.push(Case { in_features, out_features, weight, bias, rows });
+                cases.push(Case { rows, ..case(in_features, out_features, weight, bias) });
             }
         }
         cases
@@ -127,6 +152,8 @@ pub(super) struct Data {
     pub(super) reference: Reference,
     /// `(rows, in_features)`
     pub(super) x: Vec<f32>,
+    /// What [`Epilogue::Add`] adds to, `(rows, out_features)`; exact in half precision.
+    pub(super) residual: Vec<f32>,
 }
 
 pub(super) enum Weight {
@@ -158,14 +185,15 @@ impl Data {
     /// Makes the data of a case, the same in every run.
     pub(super) fn new(case: &Case) -> Result<Self, KernelError> {
         let mut random = Random(0x5eed);
-        let &Case { in_features, out_features, weight, bias, rows } = case;
+        let &Case { in_features, out_features, weight, bias, rows, epilogue } = case;
         let bias = bias.then(|| (0..out_features).map(|_| random.symmetric()).collect::<Vec<_>>());
         let (weight, spec, reference) = match weight {
             CaseWeight::Packed { bits, group_size, sym, groups } => {
                 let group_size = group_size.unwrap_or(in_features);
                 let packed = packed(&mut random, case, bits, group_size, sym, groups, bias.as_deref());
                 let reference = Reference::new(&packed);
-                (Weight::Packed(Box::new(packed.clone())), LinearSpec::of(&packed), reference)
+                let spec = LinearSpec::of(&packed).with_epilogue(epilogue);
+                (Weight::Packed(Box::new(packed)), spec, reference)
             }
             CaseWeight::Dense(dtype) => {
                 let values = (0..in_features * out_features).map(|_| random.symmetric());
@@ -194,7 +222,9 @@ impl Data {
             })
             .map(|size| size * random.symmetric())
             .collect();
-        Ok(Self { weight, spec, reference, x })
+        let residual =
+            (0..rows * out_features).map(|_| bf16::from_f32(random.symmetric()).to_f32()).collect();
+        Ok(Self { weight, spec, reference, x, residual })
     }
 }
 

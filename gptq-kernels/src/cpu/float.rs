@@ -38,8 +38,8 @@ impl<S: Simd> LinearKernel<Cpu> for FloatKernel<S> {
         S::NAME
     }
 
-    fn supports(&self, _: &LinearSpec) -> Result<(), Unsupported> {
-        Ok(())
+    fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
+        spec.only_stores()
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<Cpu>>, KernelError> {

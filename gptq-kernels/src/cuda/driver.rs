@@ -83,16 +83,17 @@ impl Images {
         if let Some(module) = loaded.get(image.name) {
             return Ok(Arc::clone(module));
         }
-        // SAFETY: `ptx` is static and ends with a NUL, as the driver wants text to.
-        let handle = unsafe { result::module::load_data(image.ptx.as_ptr().cast()) }.map_err(|error| {
-            match error.0 {
+        let damaged = || KernelError::Gpu { during: image.name, message: "the PTX image is damaged".into() };
+        let ptx = image.ptx().ok_or_else(damaged)?;
+        // SAFETY: `ptx` ends with a NUL, as the driver wants text to, and lives through the call.
+        let handle =
+            unsafe { result::module::load_data(ptx.as_ptr().cast()) }.map_err(|error| match error.0 {
                 sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => KernelError::Unsupported {
                     kernel: image.name,
                     reason: Unsupported::PtxTooNew { image: image.name },
                 },
                 _ => gpu_error(image.name, error),
-            }
-        })?;
+            })?;
         let module = Arc::new(Module { context: Arc::clone(&self.context), handle });
         loaded.insert(image.name, Arc::clone(&module));
         tracing::debug!(image = image.name, "PTX image loaded");

@@ -189,6 +189,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         let WeightFormat::Gptq { bits, group_size, .. } = spec.weight else {
             return Err(Unsupported::WeightFormat);
         };
+        spec.only_stores()?;
         if bits != Bits::B4 {
             return Err(Unsupported::Bits { bits: bits.get() });
         }

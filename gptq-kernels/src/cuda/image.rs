@@ -1,37 +1,53 @@
 //! The PTX images that ship with the crate.
 //!
-//! `cuda/*.cu` are compiled by `examples/generate_ptx.rs` into `cuda/ptx/`, which is included here, so that a user needs
-//! nothing but the driver. `cuda/ptx/manifest.txt` holds the SHA-256 of every source and every image; the tests of this
-//! module fail if either is stale or an entry point is missing.
+//! `cuda/*.cu` are compiled by `examples/generate_ptx.rs` into `cuda/ptx/`, compressed by zlib, and included here, so that a
+//! user needs nothing but the driver. The images of one source are a family, with a manifest that holds the SHA-256 of
+//! every source file and every image; the tests of this module fail if either is stale or an entry point is missing.
+
+use miniz_oxide::inflate::decompress_to_vec_zlib_with_limit;
 
 /// One PTX image.
 #[derive(Debug)]
 pub(super) struct Image {
     /// Its name, also that of its file.
     pub(super) name: &'static str,
-    /// The PTX, with a NUL at the end.
-    pub(super) ptx: &'static str,
-    /// The kernels in it.
+    packed: &'static [u8],
+    /// The family, and the kernels in it.
     #[cfg_attr(not(test), allow(dead_code))]
-    pub(super) entries: &'static [&'static str],
+    family: &'static str,
+    #[cfg_attr(not(test), allow(dead_code))]
+    entries: &'static [&'static str],
+}
+
+/// More than any image has.
+const MOST_BYTES: usize = 4 << 20;
+
+impl Image {
+    /// The PTX, with a NUL at the end; `None` if it is damaged.
+    pub(super) fn ptx(&self) -> Option<Vec<u8>> {
+        let mut ptx = decompress_to_vec_zlib_with_limit(self.packed, MOST_BYTES).ok()?;
+        ptx.push(0);
+        Some(ptx)
+    }
 }
 
 macro_rules! images {
-    ($($entries:expr => $($name:literal)*;)*) => {
+    ($($family:literal $entries:expr => $($name:literal)*;)*) => {
         /// All images.
         pub(super) static IMAGES: &[Image] = &[$($(Image {
             name: $name,
-            ptx: concat!(include_str!(concat!("../../cuda/ptx/", $name, ".ptx")), "\0"),
+            packed: include_bytes!(concat!("../../cuda/ptx/", $family, "/", $name, ".ptx.z")),
+            family: $family,
             entries: $entries,
         },)*)*];
     };
 }
 
 images! {
-    &["plain"] =>
+    "plain" &["plain"] =>
         "plain-f16-2" "plain-f16-3" "plain-f16-4" "plain-f16-8"
         "plain-bf16-2" "plain-bf16-3" "plain-bf16-4" "plain-bf16-8";
-    &["gemv_1_1x16_2", "gemv_1_1x16_3", "gemv_1_2x8_2"] =>
+    "gemv" &["gemv_1_1x16_2", "gemv_1_1x16_3", "gemv_1_2x8_2"] =>
         "gemv-f16-g128-sym" "gemv-f16-g128-asym" "gemv-f16-g64-sym" "gemv-f16-g64-asym"
         "gemv-f16-g32-sym" "gemv-f16-g32-asym"
         "gemv-bf16-g128-sym" "gemv-bf16-g128-asym" "gemv-bf16-g64-sym" "gemv-bf16-g64-asym"
@@ -45,41 +61,70 @@ pub(super) fn find(name: &str) -> Option<&'static Image> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::Path};
+    use std::{
+        collections::BTreeSet,
+        fs,
+        path::{Path, PathBuf},
+    };
 
     use sha2::{Digest, Sha256};
 
     use super::*;
 
+    fn cuda() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda")
+    }
+
+    fn collect_includes(file: &str, files: &mut BTreeSet<String>) {
+        if files.insert(file.to_owned()) {
+            for line in fs::read_to_string(cuda().join(file)).unwrap().lines() {
+                if let Some(rest) = line.strip_prefix("#include \"") {
+                    collect_includes(rest.trim_end_matches('"'), files);
+                }
+            }
+        }
+    }
+
     #[test]
     fn images_are_made_from_these_sources() {
-        let cuda = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
-        let manifest = fs::read_to_string(cuda.join("ptx/manifest.txt")).unwrap();
-        let mut listed = 0;
-        for line in manifest.lines().filter(|line| !line.starts_with('#')) {
-            let (hash, file) = line.split_once("  ").unwrap();
-            let got: String = Sha256::digest(fs::read(cuda.join(file)).unwrap())
-                .iter()
-                .map(|b| format!("{b:02x}"))
-                .collect();
-            assert_eq!(got, hash, "{file} has changed: run the generator, see cuda/README.md");
-            listed += 1;
+        let families: BTreeSet<_> = IMAGES.iter().map(|image| image.family).collect();
+        let mut compiled = BTreeSet::new();
+        for family in families {
+            let manifest = fs::read_to_string(cuda().join("ptx").join(family).join("manifest.txt")).unwrap();
+            let (mut listed, mut needed) = (BTreeSet::new(), BTreeSet::new());
+            for line in manifest.lines().filter(|line| !line.starts_with('#')) {
+                let (hash, file) = line.split_once("  ").unwrap();
+                let got: String = Sha256::digest(fs::read(cuda().join(file)).unwrap())
+                    .iter()
+                    .map(|b| format!("{b:02x}"))
+                    .collect();
+                assert_eq!(got, hash, "{file} has changed: run the generator, see cuda/README.md");
+                listed.insert(file.to_owned());
+                if file.ends_with(".cu") {
+                    collect_includes(file, &mut needed);
+                    compiled.insert(file.to_owned());
+                }
+            }
+            let images = IMAGES.iter().filter(|image| image.family == family);
+            needed.extend(images.map(|image| format!("ptx/{family}/{}.ptx.z", image.name)));
+            assert_eq!(listed, needed, "{family}");
         }
-        let sources = fs::read_dir(&cuda).unwrap().filter_map(Result::ok).filter(|file| {
-            file.path().extension().is_some_and(|extension| extension == "cu" || extension == "cuh")
-        });
-        assert_eq!(listed, sources.count() + IMAGES.len());
+        let sources =
+            fs::read_dir(cuda()).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+        let sources: BTreeSet<_> = sources.filter(|name| name.ends_with(".cu")).collect();
+        assert_eq!(compiled, sources);
     }
 
     #[test]
     fn images_have_their_entry_points_and_are_small() {
         for image in IMAGES {
+            let ptx = String::from_utf8(image.ptx().unwrap()).unwrap();
             for entry in image.entries {
-                assert!(image.ptx.contains(&format!(".entry {entry}(")), "{}: no {entry}", image.name);
+                assert!(ptx.contains(&format!(".entry {entry}(")), "{}: no {entry}", image.name);
             }
-            assert_eq!(image.ptx.matches(".entry ").count(), image.entries.len(), "{}", image.name);
-            assert!(image.ptx.contains(".version 8.0"), "{}", image.name);
+            assert_eq!(ptx.matches(".entry ").count(), image.entries.len(), "{}", image.name);
+            assert!(ptx.contains(".version 8.0"), "{}", image.name);
         }
-        assert!(IMAGES.iter().map(|image| image.ptx.len()).sum::<usize>() < 2 << 20);
+        assert!(IMAGES.iter().map(|image| image.packed.len()).sum::<usize>() < 2 << 20);
     }
 }

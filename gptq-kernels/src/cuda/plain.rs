@@ -69,6 +69,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Plain<T> {
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
         let WeightFormat::Gptq { .. } = spec.weight else { return Err(Unsupported::WeightFormat) };
+        spec.only_stores()?;
         // 32-bit sizes and bit positions in the kernel.
         if spec.in_features >= 1 << 24 || spec.out_features >= 1 << 24 {
             let (in_features, out_features) = (spec.in_features, spec.out_features);
