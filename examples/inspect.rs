@@ -195,9 +195,11 @@ fn features(checkpoint: &Checkpoint, prefix: &str, bits: usize) -> Option<(usize
         let &[rows, columns] = tensor.shape() else { return None };
         return Some((rows * 16, columns / 2));
     }
-    let &[rows, out_features] = checkpoint.get(&format!("{prefix}.qweight"))?.shape() else { return None };
+    let qweight = checkpoint.get(&format!("{prefix}.qweight"))?;
+    let &[rows, out_features] = qweight.shape() else { return None };
     let g_idx = checkpoint.get(&format!("{prefix}.g_idx"));
-    Some((g_idx.map_or(rows * 32 / bits, |g_idx| g_idx.len()), out_features))
+    // The words are of 32 bits, or of what `pack_dtype` was.
+    Some((g_idx.map_or(rows * qweight.dtype().bits() / bits, |g_idx| g_idx.len()), out_features))
 }
 
 fn show_sizes(checkpoint: &Checkpoint) -> Result<(), Failure> {

@@ -36,6 +36,14 @@ const fn lanes(lane: u32, used: u32) -> u64 {
 #[inline(always)]
 fn squeeze<const B: u32>(codes: u64) -> u64 {
     let gap = 8 - B;
+    if B > gap && gap > 0 {
+        // What is moved would fall on what stays, so each is masked by itself.
+        let pairs = codes & const { lanes(16, B) } | codes >> gap & const { lanes(16, B) << B };
+        let quads =
+            pairs & const { lanes(32, 2 * B) } | pairs >> (2 * gap) & const { lanes(32, 2 * B) << (2 * B) };
+        return quads & const { lanes(64, 4 * B) }
+            | quads >> (4 * gap) & const { lanes(64, 4 * B) << (4 * B) };
+    }
     let pairs = (codes | codes >> gap) & const { lanes(16, 2 * B) };
     let quads = (pairs | pairs >> (2 * gap)) & const { lanes(32, 4 * B) };
     (quads | quads >> (4 * gap)) & const { lanes(64, 8 * B) }
@@ -45,6 +53,13 @@ fn squeeze<const B: u32>(codes: u64) -> u64 {
 #[inline(always)]
 fn spread<const B: u32>(stream: u64) -> u64 {
     let gap = 8 - B;
+    if B > gap && gap > 0 {
+        let quads =
+            stream & const { lanes(64, 4 * B) } | stream << (4 * gap) & const { lanes(64, 4 * B) << 32 };
+        let pairs =
+            quads & const { lanes(32, 2 * B) } | quads << (2 * gap) & const { lanes(32, 2 * B) << 16 };
+        return pairs & const { lanes(16, B) } | pairs << gap & const { lanes(16, B) << 8 };
+    }
     let quads = (stream | stream << (4 * gap)) & const { lanes(32, 4 * B) };
     let pairs = (quads | quads << (2 * gap)) & const { lanes(16, 2 * B) };
     (pairs | pairs << gap) & const { lanes(8, B) }
@@ -187,6 +202,9 @@ pub(crate) fn pack_stream(bits: Bits, codes: &[u8], words: &mut [u32]) {
         Bits::B2 => pack::<2>(codes, words),
         Bits::B3 => pack::<3>(codes, words),
         Bits::B4 => pack::<4>(codes, words),
+        Bits::B5 => pack::<5>(codes, words),
+        Bits::B6 => pack::<6>(codes, words),
+        Bits::B7 => pack::<7>(codes, words),
         Bits::B8 => pack::<8>(codes, words),
     }
 }
@@ -198,6 +216,9 @@ pub(crate) fn unpack_stream(bits: Bits, words: &[u32], codes: &mut [u8]) {
         Bits::B2 => unpack::<2>(words, codes),
         Bits::B3 => unpack::<3>(words, codes),
         Bits::B4 => unpack::<4>(words, codes),
+        Bits::B5 => unpack::<5>(words, codes),
+        Bits::B6 => unpack::<6>(words, codes),
+        Bits::B7 => unpack::<7>(words, codes),
         Bits::B8 => unpack::<8>(words, codes),
     }
 }

@@ -9,6 +9,7 @@ mod linear;
 mod locate;
 #[cfg(test)]
 mod tests;
+mod words;
 
 pub use linear::Remark;
 pub(crate) use locate::{Entry, INDEX_SUFFIX, SINGLE, find as find_entry, index_shards};

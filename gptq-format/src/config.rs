@@ -18,6 +18,9 @@ pub(crate) const CONFIG_FILES: [&str; 2] = ["quantize_config.json", "quant_confi
 /// The key of `config.json` that holds it otherwise.
 pub(crate) const CONFIG_KEY: &str = "quantization_config";
 
+/// Words into which GPTQModel packs codes; a tensor's own type says which, so this is only checked.
+const PACK_DTYPES: [&str; 4] = ["int32", "int64", "int16", "int8"];
+
 /// How a checkpoint's tensors are laid out, the key `checkpoint_format`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -180,8 +183,8 @@ impl QuantizeConfig {
         };
         match first(&fields, &["pack_dtype"]) {
             None => {}
-            Some(Value::String(name)) if name == "int32" => {}
-            Some(other) => return Err(invalid("pack_dtype", other, "int32")),
+            Some(Value::String(name)) if PACK_DTYPES.contains(&name.as_str()) => {}
+            Some(other) => return Err(invalid("pack_dtype", other, "int8, int16, int32 or int64")),
         }
         let bits = first(&fields, &["bits", "w_bit"]).ok_or(ConfigError::Missing("bits"))?;
         let mut module =
@@ -193,6 +196,14 @@ impl QuantizeConfig {
                 rules.iter().map(|(pattern, value)| Rule::new(pattern, value)).collect::<Result<_, _>>()?
             }
             Some(other) => return Err(invalid("dynamic", other, "an object")),
+        };
+        // Widths that only one layout has decide it, as GPTQModel does when it reads such a config.
+        let widths = rules.iter().filter_map(|rule| rule.apply(module)).chain([module]);
+        let planar_only = widths.into_iter().any(|module| module.bits.is_planar_only());
+        let format = if planar_only && format != Some(CheckpointFormat::Marlin) {
+            Some(CheckpointFormat::Planar)
+        } else {
+            format
         };
         Ok(Self { module, format, rules, fields })
     }
@@ -281,6 +292,10 @@ impl QuantizeConfig {
         };
         config.fields.insert("quant_method".into(), "gptq".into());
         config.fields.insert("checkpoint_format".into(), format.name().into());
+        // Writers pack into 32 bits, whatever the layers were read from.
+        if let Some(pack_dtype) = config.fields.get_mut("pack_dtype") {
+            *pack_dtype = "int32".into();
+        }
         for key in ["method", "format"] {
             if let Some(value) = config.fields.get_mut(key) {
                 *value = if key == "method" { "gptq".into() } else { format.name().into() };
@@ -327,7 +342,7 @@ fn first<'a>(fields: &'a Map<String, Value>, keys: &[&str]) -> Option<&'a Value>
 
 fn parse_bits(key: &str, value: &Value) -> Result<Bits, ConfigError> {
     let number = value.as_u64().and_then(|bits| u32::try_from(bits).ok());
-    number.and_then(|bits| Bits::try_from(bits).ok()).ok_or_else(|| invalid(key, value, "2, 3, 4 or 8"))
+    number.and_then(|bits| Bits::try_from(bits).ok()).ok_or_else(|| invalid(key, value, "2 to 8"))
 }
 
 fn invalid(key: &str, value: &Value, expected: &'static str) -> ConfigError {

@@ -48,19 +48,20 @@
 //!
 //! # What is read
 //!
-//! - Layouts `gptq` (v1 zero points), `gptq_v2`, `gptq_p` (planar) and `marlin`, of 2, 3, 4 and 8 bits, with any group size.
+//! - Layouts `gptq` (v1 zero points), `gptq_v2` and `marlin`, of 2, 3, 4 and 8 bits, and `gptq_p` (planar) of 2 to 8 bits,
+//!   with any group size.
 //! - The zero convention is decided by evidence, not by the label: see [`ZeroEvidence`]. [`ReadOptions`] overrides it.
 //! - The config in `quantize_config.json`, `quant_config.json` or `config.json`, with its synonyms and `dynamic` rules.
 //! - `model.safetensors`, sharded indexes, `gptq_model-*.safetensors`, `model_basename`, or one file of any name.
+//! - Codes packed into words of 8, 16 or 64 bits (`pack_dtype`) as well as 32, by the tensors' own type.
 //! - Missing or all-zero `g_idx`, scales and biases in float32 or bfloat16, ragged shapes: each is a [`Remark`].
 //!
-//! Pickled files (`.pt`, `.bin`), float `zeros` from before AutoGPTQ, 5 to 7 bits and `pack_dtype` other than int32 are
-//! typed errors. So is everything that is wrong with a file: nothing in it makes the reader panic, and memory is bounded
-//! by a multiple of the file's size.
+//! Pickled files (`.pt`, `.bin`) and float `zeros` from before AutoGPTQ are typed errors. So is everything that is wrong
+//! with a file: nothing in it makes the reader panic, and memory is bounded by a multiple of the file's size.
 //!
 //! # What is written
 //!
-//! The same layouts; `gptq` where every zero point is at least 1, `gptq_v2` otherwise. See [`CheckpointWriter`] for how
+//! The same layouts, in words of 32 bits; `gptq` where every zero point is at least 1, `gptq_v2` otherwise. See [`CheckpointWriter`] for how
 //! a folder is replaced so that every moment shows the old checkpoint or the new one.
 
 mod bits;

@@ -151,8 +151,8 @@ const fn ones(bits: Bits) -> u32 {
 pub(crate) fn decode_zeros(bits: Bits, out_features: usize, words: &mut [u32], convention: ZeroConvention) {
     match convention {
         ZeroConvention::V2 => {}
-        // A field of 3 bits may lie across two words, so whole words cannot be borrowed from.
-        ZeroConvention::V1WholeWord if bits != Bits::B3 => {
+        // Where fields lie across two words, whole words cannot be borrowed from.
+        ZeroConvention::V1WholeWord if 32u32.is_multiple_of(bits.get()) => {
             words.iter_mut().for_each(|word| *word = word.wrapping_add(ones(bits)));
         }
         ZeroConvention::V1 | ZeroConvention::V1WholeWord => {

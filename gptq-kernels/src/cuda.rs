@@ -6,7 +6,7 @@
 //! | kernel | compute capability | layers |
 //! |---|---|---|
 //! | `cuda-gemv-sm90` | 9.0 | 4-bit, group size at least 32 or one group; fastest up to 8 rows |
-//! | `cuda-plain` | 8.0 | every packed layer |
+//! | `cuda-plain` | 8.0 | every packed layer of 2, 3, 4 or 8 bits |
 //!
 //! # Streams and graphs
 //!

@@ -4,12 +4,12 @@ use std::fmt;
 
 use half::f16;
 
-use super::{Checkpoint, ReadOptions, SAMPLED_LAYERS, SAMPLED_ROWS, ZeroSample};
+use super::{Checkpoint, ReadOptions, SAMPLED_LAYERS, SAMPLED_ROWS, ZeroSample, words};
 use crate::bitstream::padding_mask;
 use crate::zeros::decode_zeros;
 use crate::{
     Bits, CheckpointFormat, Dtype, FormatError, ModuleConfig, PackError, PackedLinear, PackedParts, Tensor,
-    ZeroEvidence, marlin, planar,
+    ZeroConvention, ZeroEvidence, marlin, planar,
 };
 
 /// Something about a layer on disk that was put right while it was read.
@@ -103,13 +103,16 @@ impl Checkpoint {
                 let Some(module) = config.module(prefix) else { continue };
                 let reader = Reader { checkpoint: self, prefix, config: module, remarks: Vec::new() };
                 let Ok((_, out_features)) = reader.matrix_shape("qweight") else { continue };
-                let Ok((rows, words)) = reader.matrix_shape("qzeros") else { continue };
-                let Ok(zeros) = reader.tensor("qzeros").and_then(|zeros| zeros.u32s()) else { continue };
-                if out_features == 0 || words < module.bits.words(out_features) {
+                let Ok((rows, columns)) = reader.matrix_shape("qzeros") else { continue };
+                let Ok(word_bits) = reader.word_bits("qzeros") else { continue };
+                let Ok(zeros) = reader.tensor("qzeros") else { continue };
+                let used = module.bits.words(out_features);
+                if columns < words::words(module.bits, word_bits, out_features) {
                     continue;
                 }
-                for row in zeros.chunks_exact(words).step_by(rows.div_ceil(SAMPLED_ROWS).max(1)) {
-                    sample.add(module.bits, &row[..module.bits.words(out_features)], out_features);
+                let stored = zeros.bytes().chunks_exact(columns * word_bits / 8);
+                for row in stored.step_by(rows.div_ceil(SAMPLED_ROWS)) {
+                    sample.add(module.bits, &words::of_row(row)[..used], out_features);
                 }
             }
         }
@@ -137,7 +140,8 @@ impl<'a> Reader<'a> {
         if scale_columns != out_features {
             return Err(self.wrong_shape("scales", format!("{out_features} columns, as qweight has")));
         }
-        let in_features = self.in_features(rows)?;
+        let word_bits = self.word_bits("qweight")?;
+        let in_features = self.in_features(rows, word_bits)?;
         let group_size = self.config.group_size.unwrap_or(in_features);
         if in_features.div_ceil(group_size) != groups {
             let needed = in_features.div_ceil(group_size);
@@ -145,8 +149,15 @@ impl<'a> Reader<'a> {
             return Err(self.wrong_shape("scales", why));
         }
 
-        // Without the rows that pad to whole runs of 32 codes.
-        let mut qweight = self.tensor("qweight")?.u32s()?[..bits.words(in_features) * out_features].to_vec();
+        // Without the rows that pad to whole runs of 32 codes, or to whole words of 64 bits.
+        let used = bits.words(in_features) * out_features;
+        let mut qweight = if word_bits == 32 {
+            self.tensor("qweight")?.u32s()?[..used].to_vec()
+        } else {
+            let mut words = words::of_columns(self.tensor("qweight")?.bytes(), word_bits, out_features);
+            words.truncate(used);
+            words
+        };
         if self.checkpoint.claims(CheckpointFormat::Planar) {
             if !in_features.is_multiple_of(32) || !out_features.is_multiple_of(32) {
                 return Err(
@@ -154,7 +165,7 @@ impl<'a> Reader<'a> {
                 );
             }
             if planar::differs(bits) {
-                planar::convert_rows(&mut qweight, out_features, planar::to_stream);
+                planar::convert_rows(bits, &mut qweight, out_features, planar::Direction::ToStream);
             }
         }
         let last_row = qweight.len() - out_features;
@@ -194,21 +205,33 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Bits of the words of a packed tensor: 32, or what `pack_dtype` was. The type decides, whatever the config says.
+    fn word_bits(&self, field: &str) -> Result<usize, FormatError> {
+        let tensor = self.tensor(field)?;
+        match words::word_bits(tensor.dtype()) {
+            Some(32) => Ok(32),
+            // No tool packs codes that lie across words, or planes, into anything but 32 bits.
+            Some(other) if !planar::differs(self.config.bits) => Ok(other),
+            Some(_) => Err(tensor.wrong_dtype("I32 for this number of bits")),
+            None => Err(tensor.wrong_dtype("I32, or I64, I16 or I8 as `pack_dtype` says")),
+        }
+    }
+
     /// The number of inputs, from `g_idx` where there is one, and from the rows of `qweight` elsewhere.
-    fn in_features(&self, rows: usize) -> Result<usize, FormatError> {
+    fn in_features(&self, rows: usize, word_bits: usize) -> Result<usize, FormatError> {
         let bits = self.config.bits;
         let width = bits.get() as usize;
-        let from_rows = rows.checked_mul(32).map(|len| len / width).filter(|&len| len > 0);
+        let from_rows = rows.checked_mul(word_bits).map(|len| len / width).filter(|&len| len > 0);
         let Some(from_rows) = from_rows else {
             return Err(self.wrong_shape("qweight", "at least one row".into()));
         };
         let Some(g_idx) = self.optional("g_idx") else {
-            let exact = bits.words(from_rows) == rows;
+            let exact = words::words(bits, word_bits, from_rows) == rows;
             let why = || format!("a multiple of {width} rows for {width} bits");
             return if exact { Ok(from_rows) } else { Err(self.wrong_shape("qweight", why())) };
         };
         let len = g_idx.len();
-        if g_idx.shape().len() != 1 || len > from_rows || !rows_fit(bits, rows, len) {
+        if g_idx.shape().len() != 1 || len > from_rows || !words::fit(bits, word_bits, rows, len) {
             let why =
                 format!("one entry for each input of {rows} rows of {width}-bit qweight, about {from_rows}");
             return Err(self.wrong_shape("g_idx", why));
@@ -224,19 +247,27 @@ impl<'a> Reader<'a> {
             return Err(FormatError::FloatZeros { tensor, path });
         }
         let (rows, columns) = self.matrix_shape("qzeros")?;
-        if rows != groups || !rows_fit(bits, columns, out_features) {
-            let why = format!("({groups}, {}) for {} bits", bits.words(out_features), bits.get());
+        let word_bits = self.word_bits("qzeros")?;
+        if rows != groups || !words::fit(bits, word_bits, columns, out_features) {
+            let needed = words::words(bits, word_bits, out_features);
+            let why = format!("({groups}, {needed}) for {} bits", bits.get());
             return Err(self.wrong_shape("qzeros", why));
         }
-        let used = bits.words(out_features);
-        let stored = self.tensor("qzeros")?.u32s()?;
-        let mut words: Vec<u32> =
-            stored.chunks_exact(columns).flat_map(|row| &row[..used]).copied().collect();
-        if self.checkpoint.claims(CheckpointFormat::Planar) && planar::differs(bits) {
-            planar::convert_words(&mut words, planar::to_stream);
-        }
         let evidence = self.checkpoint.zeros.as_ref().expect("invariant: decided when a layer has codes");
-        decode_zeros(bits, out_features, &mut words, evidence.convention);
+        let mut convention = evidence.convention;
+        let mut stored = self.tensor("qzeros")?.bytes().to_vec();
+        if convention == ZeroConvention::V1WholeWord && word_bits != 32 {
+            // What was borrowed stayed within words of this size.
+            words::add_ones(bits, word_bits, &mut stored);
+            convention = ZeroConvention::V2;
+        }
+        let used = bits.words(out_features);
+        let rows = stored.chunks_exact(columns * word_bits / 8);
+        let mut words: Vec<u32> = rows.flat_map(|row| words::of_row(row).into_iter().take(used)).collect();
+        if self.checkpoint.claims(CheckpointFormat::Planar) && planar::differs(bits) {
+            planar::convert_words(bits, &mut words, planar::Direction::ToStream);
+        }
+        decode_zeros(bits, out_features, &mut words, convention);
         Ok(words)
     }
 
@@ -335,11 +366,6 @@ impl<'a> Reader<'a> {
             self.tensor("qweight").map_or(self.checkpoint.dir.clone(), |tensor| tensor.path().to_owned());
         FormatError::Linear { prefix: self.prefix.to_owned(), source, path }
     }
-}
-
-/// Whether `words` words hold `len` codes, exactly or padded to whole runs of 32.
-fn rows_fit(bits: Bits, words: usize, len: usize) -> bool {
-    len > 0 && (words == bits.words(len) || words == len.div_ceil(32) * bits.get() as usize)
 }
 
 impl fmt::Display for Remark {

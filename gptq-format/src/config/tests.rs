@@ -42,7 +42,8 @@ fn unusable_configs_are_refused_with_the_key() {
     let cases = [
         ("[]", "valid JSON"),
         ("{}", "`bits`"),
-        (r#"{"bits": 5}"#, "bits = 5"),
+        (r#"{"bits": 9}"#, "bits = 9"),
+        (r#"{"bits": 1}"#, "bits = 1"),
         (r#"{"bits": "4"}"#, "bits"),
         (r#"{"bits": 4.5}"#, "bits"),
         (r#"{"bits": 4, "group_size": 0}"#, "group_size = 0"),
@@ -50,7 +51,8 @@ fn unusable_configs_are_refused_with_the_key() {
         (r#"{"bits": 4, "sym": 1}"#, "sym = 1"),
         (r#"{"bits": 4, "quant_method": "awq"}"#, "awq"),
         (r#"{"bits": 4, "checkpoint_format": "bitblas"}"#, "bitblas"),
-        (r#"{"bits": 4, "pack_dtype": "int64"}"#, "pack_dtype"),
+        (r#"{"bits": 4, "pack_dtype": "float16"}"#, "pack_dtype"),
+        (r#"{"bits": 4, "pack_dtype": 32}"#, "pack_dtype"),
         (r#"{"bits": 4, "dynamic": []}"#, "dynamic"),
         (r#"{"bits": 4, "dynamic": {"+:a": 3}}"#, "+:a"),
         (r#"{"bits": 4, "dynamic": {"+:a": {"bits": 9}}}"#, "+:a"),
@@ -130,6 +132,30 @@ fn builder_writes_what_it_was_told() {
     assert_eq!(asym.checkpoint_format(), Some(CheckpointFormat::GptqV2));
     assert!(QuantizeConfig::builder(Bits::B4, Some(0)).build().is_err());
     assert!(QuantizeConfig::builder(Bits::B4, None).skip_modules("(").build().is_err());
+}
+
+#[test]
+fn widths_that_only_planes_have_decide_the_layout() {
+    for json in [
+        r#"{"bits": 5, "group_size": 32}"#,
+        r#"{"bits": 6, "group_size": 32, "checkpoint_format": "gptq"}"#,
+        r#"{"bits": 4, "format": "gptq_v2", "dynamic": {"+:.*down": {"bits": 7}}}"#,
+        r#"{"bits": 4, "format": "gptq_p"}"#,
+    ] {
+        assert_eq!(good(json).checkpoint_format(), Some(CheckpointFormat::Planar), "{json}");
+    }
+    let skipped = good(r#"{"bits": 4, "format": "gptq", "dynamic": {"-:.*down": {"bits": 7}}}"#);
+    assert_eq!(skipped.checkpoint_format(), Some(CheckpointFormat::Gptq));
+    let built = QuantizeConfig::builder(Bits::B6, Some(32)).build().expect("valid");
+    assert_eq!(built.checkpoint_format(), Some(CheckpointFormat::Planar));
+    assert_eq!(built.get("checkpoint_format").as_deref(), Some("\"gptq_p\""));
+}
+
+#[test]
+fn what_is_written_is_packed_into_32_bits() {
+    let read = good(r#"{"bits": 4, "pack_dtype": "int16"}"#);
+    let written = read.with_checkpoint_format(CheckpointFormat::Gptq);
+    assert_eq!(written.get("pack_dtype").as_deref(), Some("\"int32\""));
 }
 
 #[test]

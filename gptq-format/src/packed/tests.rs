@@ -67,7 +67,7 @@ fn parts(packed: &PackedLinear) -> PackedParts {
 }
 
 fn layers() -> impl Strategy<Value = Layer> {
-    let shape = (0..4usize, 1..80usize, 1..80usize, 1..90usize, any::<bool>());
+    let shape = (0..Bits::ALL.len(), 1..80usize, 1..80usize, 1..90usize, any::<bool>());
     shape.prop_flat_map(|(bits, in_features, out_features, group_size, has_bias)| {
         let bits = Bits::ALL[bits];
         let groups = in_features.div_ceil(group_size);

@@ -30,6 +30,9 @@ pub(super) fn fields(
     let out_features = linear.out_features();
     let mut qweight = linear.qweight().to_vec();
     let mut qzeros = linear.qzeros().to_vec();
+    if linear.bits().is_planar_only() && format != CheckpointFormat::Planar {
+        return Err(refuse(Unwritable::Needs("2, 3, 4 or 8 bits; write gptq_p")));
+    }
     match format {
         CheckpointFormat::GptqV2 => {}
         CheckpointFormat::Gptq => encode_v1(linear.bits(), out_features, &mut qzeros)
@@ -39,8 +42,9 @@ pub(super) fn fields(
                 return Err(refuse(Unwritable::Needs("inputs and outputs in multiples of 32")));
             }
             if planar::differs(linear.bits()) {
-                planar::convert_rows(&mut qweight, out_features, planar::from_stream);
-                planar::convert_words(&mut qzeros, planar::from_stream);
+                let direction = planar::Direction::FromStream;
+                planar::convert_rows(linear.bits(), &mut qweight, out_features, direction);
+                planar::convert_words(linear.bits(), &mut qzeros, direction);
             }
         }
         CheckpointFormat::Marlin => {

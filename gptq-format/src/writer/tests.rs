@@ -341,3 +341,29 @@ fn configs_and_tokenizer_are_carried_over() {
     fs::remove_file(dir.path().join("quantize_config.json")).expect("removes");
     assert_eq!(QuantizeConfig::from_dir(dir.path()).expect("reads"), Some(config));
 }
+
+#[test]
+fn five_bits_are_written_as_planes_only() {
+    let g_idx = [0; 32];
+    let codes = CodesRef {
+        bits: Bits::B5,
+        group_size: 32,
+        in_features: 32,
+        out_features: 32,
+        codes: &[31; 32 * 32],
+        zeros: &[16; 32],
+        scales: &[0.5; 32],
+        g_idx: &g_idx,
+        bias: None,
+    };
+    let linear = PackedLinear::pack(&codes).expect("valid");
+    let planar = QuantizeConfig::builder(Bits::B5, Some(32)).build().expect("valid");
+    for format in [CheckpointFormat::Gptq, CheckpointFormat::GptqV2, CheckpointFormat::Marlin] {
+        let dir = tempfile::tempdir().expect("temporary folder");
+        let config = planar.with_checkpoint_format(format);
+        let mut writer =
+            CheckpointWriter::create(dir.path(), Some(&config), WriteOptions::default()).expect("starts");
+        let error = writer.linear("x", &linear).expect_err("no such layout");
+        assert!(matches!(error, FormatError::Unwritable { reason: Unwritable::Needs(_), .. }), "{error}");
+    }
+}

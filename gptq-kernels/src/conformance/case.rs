@@ -86,8 +86,8 @@ impl Case {
         }
     }
 
-    /// The battery: every width, zero-point convention, order and group size, on regular and odd shapes, with and without
-    /// bias; larger layers; many rows; epilogues; and dense weights.
+    /// The battery: every width (5, 6 and 7 bits in few cases), zero-point convention, order and group size, on regular
+    /// and odd shapes, with and without bias; larger layers; many rows; epilogues; and dense weights.
     pub fn all() -> Vec<Case> {
         let case = |in_features, out_features, weight, bias| Case {
             in_features,
@@ -100,7 +100,8 @@ impl Case {
         let mut cases = Vec::new();
         // Regular; in_features not a multiple of any group size, out_features of 8, 16, 32 or 64; and neither even.
         let shapes = [(256, 64, false), (200, 70, true), (203, 33, false)];
-        for bits in Bits::ALL {
+        let (common, rare): (Vec<_>, Vec<_>) = Bits::ALL.into_iter().partition(|bits| !bits.is_planar_only());
+        for bits in common {
             for sym in [true, false] {
                 for groups in [Groups::InOrder, Groups::ActOrder] {
                     for group_size in [Some(16), Some(32), Some(64), Some(128), None] {
@@ -131,6 +132,13 @@ impl Case {
                     case(1100, 48, weight(None, Groups::InOrder), false, 9),
                     case(256, 72, weight(Some(128), Groups::ActOrder), true, 131),
                 ]);
+            }
+        }
+        // Widths that only GPTQModel's planar files have: a kernel that takes them has repacked them to another width.
+        for bits in rare {
+            for (sym, groups) in [(true, Groups::InOrder), (false, Groups::ActOrder)] {
+                let weight = CaseWeight::Packed { bits, group_size: Some(32), sym, groups };
+                cases.push(Case { rows: 33, ..case(203, 70, weight, !sym) });
             }
         }
         for dtype in [DenseType::F32, DenseType::F16, DenseType::Bf16] {

@@ -1,11 +1,11 @@
-use gptq_format::{Bits, PackedLinear};
+use gptq_format::PackedLinear;
 
 use super::{
     Cpu, check_operands,
     columns::{Columns, Rows, for_each_range},
     direct::DirectArgs,
     format::{Bf16, Bytes, F16, F32, Format, Narrow},
-    layout::{BLOCK, Encoding, Packed, SEGMENT, TILE, TILES},
+    layout::{BLOCK, Encoding, Packed, SEGMENT, TILE, TILES, Width},
     panel::{PanelArgs, PanelRow, UnpackArgs},
     simd::Simd,
 };
@@ -109,14 +109,14 @@ impl<S: Simd> Linear<Cpu> for FloatLinear<S> {
             Some(order) => Rows::new(x).gather(order, scratch),
         };
         match self.packed.encoding {
-            Encoding::Codes { bits: Bits::B2, zeros: false } => self.multiply::<Narrow<2, false>>(x, y),
-            Encoding::Codes { bits: Bits::B2, zeros: true } => self.multiply::<Narrow<2, true>>(x, y),
-            Encoding::Codes { bits: Bits::B3, zeros: false } => self.multiply::<Narrow<3, false>>(x, y),
-            Encoding::Codes { bits: Bits::B3, zeros: true } => self.multiply::<Narrow<3, true>>(x, y),
-            Encoding::Codes { bits: Bits::B4, zeros: false } => self.multiply::<Narrow<4, false>>(x, y),
-            Encoding::Codes { bits: Bits::B4, zeros: true } => self.multiply::<Narrow<4, true>>(x, y),
-            Encoding::Codes { bits: Bits::B8, zeros: false } => self.multiply::<Bytes<false>>(x, y),
-            Encoding::Codes { bits: Bits::B8, zeros: true } => self.multiply::<Bytes<true>>(x, y),
+            Encoding::Codes { width: Width::Two, zeros: false } => self.multiply::<Narrow<2, false>>(x, y),
+            Encoding::Codes { width: Width::Two, zeros: true } => self.multiply::<Narrow<2, true>>(x, y),
+            Encoding::Codes { width: Width::Three, zeros: false } => self.multiply::<Narrow<3, false>>(x, y),
+            Encoding::Codes { width: Width::Three, zeros: true } => self.multiply::<Narrow<3, true>>(x, y),
+            Encoding::Codes { width: Width::Four, zeros: false } => self.multiply::<Narrow<4, false>>(x, y),
+            Encoding::Codes { width: Width::Four, zeros: true } => self.multiply::<Narrow<4, true>>(x, y),
+            Encoding::Codes { width: Width::Byte, zeros: false } => self.multiply::<Bytes<false>>(x, y),
+            Encoding::Codes { width: Width::Byte, zeros: true } => self.multiply::<Bytes<true>>(x, y),
             Encoding::Dense(DenseType::Bf16) => self.multiply::<Bf16>(x, y),
             Encoding::Dense(DenseType::F16) => self.multiply::<F16>(x, y),
             Encoding::Dense(DenseType::F32) => self.multiply::<F32>(x, y),

@@ -36,11 +36,31 @@ pub(super) struct Line(pub(super) [u32; TILE]);
 
 const EMPTY: Line = Line([0; TILE]);
 
+/// Width of a code in this layout. Wider codes than 4 bits take a byte: no kernel gains by reading 5 bits of 8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Width {
+    Two = 2,
+    Three = 3,
+    Four = 4,
+    Byte = 8,
+}
+
+impl Width {
+    fn of(bits: Bits) -> Self {
+        match bits {
+            Bits::B2 => Self::Two,
+            Bits::B3 => Self::Three,
+            Bits::B4 => Self::Four,
+            Bits::B5 | Bits::B6 | Bits::B7 | Bits::B8 => Self::Byte,
+        }
+    }
+}
+
 /// What a word holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Encoding {
     /// GPTQ codes.
-    Codes { bits: Bits, zeros: bool },
+    Codes { width: Width, zeros: bool },
     /// Floats.
     Dense(DenseType),
 }
@@ -57,7 +77,7 @@ impl Encoding {
     /// Weights of a word.
     pub(super) fn per_word(self) -> usize {
         match self {
-            Self::Codes { bits, .. } => 2 * (16 / bits.get() as usize),
+            Self::Codes { width, .. } => 2 * (16 / width as usize),
             Self::Dense(DenseType::F32) => 1,
             Self::Dense(DenseType::F16 | DenseType::Bf16) => 2,
         }
@@ -96,8 +116,10 @@ impl Packed {
         order.sort_by_key(|&i| g_idx[i as usize]);
         let segments = segments(order.iter().map(|&i| g_idx[i as usize] as usize));
 
-        let bits = weight.bits();
-        let encoding = Encoding::Codes { bits, zeros: !weight.is_symmetric() };
+        let width = Width::of(weight.bits());
+        // Without zero points a kernel subtracts the middle of the layout's width.
+        let is_middle = width as u32 == weight.bits().get() && weight.is_symmetric();
+        let encoding = Encoding::Codes { width, zeros: !is_middle };
         let codes = weight.unpack_codes();
         let zeros = weight.unpack_zeros();
         let scales = weight.scales();
@@ -114,7 +136,7 @@ impl Packed {
             order[start..start + len]
                 .iter()
                 .enumerate()
-                .fold(0, |word, (slot, &i)| word | u32::from(row[i as usize]) << shift(bits.get(), slot))
+                .fold(0, |word, (slot, &i)| word | u32::from(row[i as usize]) << shift(width as u32, slot))
         };
         let (lines, block_lines) = fill(encoding, &segments, outputs, header, word)?;
         let sorted = order.iter().enumerate().all(|(place, &i)| place == i as usize);

@@ -1,4 +1,4 @@
-//! `cuda-plain`: every packed layer, as directly as it can be written. The kernel is `cuda/plain.cu`.
+//! `cuda-plain`: every packed layer of 2, 3, 4 or 8 bits, as directly as it can be written. The kernel is `cuda/plain.cu`.
 
 use std::marker::PhantomData;
 
@@ -68,7 +68,10 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Plain<T> {
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
-        let WeightFormat::Gptq { .. } = spec.weight else { return Err(Unsupported::WeightFormat) };
+        let WeightFormat::Gptq { bits, .. } = spec.weight else { return Err(Unsupported::WeightFormat) };
+        if bits.is_planar_only() {
+            return Err(Unsupported::Bits { bits: bits.get() });
+        }
         spec.only_stores()?;
         // 32-bit sizes and bit positions in the kernel.
         if spec.in_features >= 1 << 24 || spec.out_features >= 1 << 24 {

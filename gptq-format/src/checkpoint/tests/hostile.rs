@@ -186,6 +186,10 @@ fn shapes_that_contradict_each_other() {
         raw("x.qzeros", Dtype::I32, &[2], &[0u32; 2]),
         raw("x.qzeros", Dtype::I32, &[3, 1], &[0u32; 3]),
         raw("x.qzeros", Dtype::I32, &[2, 2], &[0u32; 4]),
+        raw("x.qzeros", Dtype::I64, &[2, 2], &[0u64; 4]),
+        raw("x.qzeros", Dtype::I8, &[2, 1], &[0u8; 2]),
+        raw("x.qweight", Dtype::I64, &[8, 8], &[0u64; 64]),
+        raw("x.qweight", Dtype::I16, &[8, 8], &[0u16; 64]),
         raw("x.scales", Dtype::F16, &[2, 7], &[f16::ONE; 14]),
         raw("x.scales", Dtype::F16, &[16], &[f16::ONE; 16]),
         raw("x.scales", Dtype::F16, &[1, 8], &[f16::ONE; 8]),
@@ -208,8 +212,8 @@ fn shapes_that_contradict_each_other() {
 fn wrong_dtypes_are_named() {
     let cases = [
         raw("x.qweight", Dtype::F32, &[8, 8], &[0u32; 64]),
-        raw("x.qweight", Dtype::I64, &[8, 8], &[0u64; 64]),
-        raw("x.qzeros", Dtype::U8, &[2, 1], &[0u8; 2]),
+        raw("x.qweight", Dtype::Bool, &[8, 8], &[0u8; 64]),
+        raw("x.qzeros", Dtype::BF16, &[2, 1], &[0u16; 2]),
         raw("x.scales", Dtype::I32, &[2, 8], &[0u32; 16]),
         raw("x.g_idx", Dtype::F32, &[64], &[0f32; 64]),
         raw("x.bias", Dtype::I32, &[8], &[0u32; 8]),
@@ -218,6 +222,23 @@ fn wrong_dtypes_are_named() {
         let name = case.name;
         let error = refuse_layer(case);
         assert!(matches!(&error, FormatError::Dtype { tensor, .. } if tensor == name), "{name}: {error}");
+    }
+}
+
+/// GPTQModel's other words are for 2, 4 and 8 bits: codes of 3 bits would lie across them in ways no tool defines.
+#[test]
+fn words_of_64_bits_hold_no_codes_of_3() {
+    let tensors = [
+        raw("x.qweight", Dtype::I64, &[3, 8], &[0u64; 24]),
+        raw("x.qzeros", Dtype::I64, &[2, 1], &[0u64; 2]),
+        raw("x.scales", Dtype::F16, &[2, 8], &[f16::ONE; 16]),
+    ];
+    for config in [
+        r#"{"bits": 3, "group_size": 32, "pack_dtype": "int64"}"#,
+        r#"{"bits": 6, "group_size": 32, "pack_dtype": "int64"}"#,
+    ] {
+        let error = refuse(config, &tensors);
+        assert!(matches!(&error, FormatError::Dtype { tensor, .. } if tensor == "x.qweight"), "{error}");
     }
 }
 

@@ -13,16 +13,17 @@ fn layers() -> impl Strategy<Value = (PackedLinear, QuantizeConfig)> {
         CheckpointFormat::Planar,
         CheckpointFormat::Marlin,
     ]);
-    let shape = (1..70usize, 1..70usize, prop::option::of(1..80usize), 0..4usize);
+    let shape = (1..70usize, 1..70usize, prop::option::of(1..80usize), 0..Bits::ALL.len());
     (format, shape, any::<(bool, bool, bool)>(), any::<u64>()).prop_map(
         |(format, (i, o, group_size, bits), (sym, desc_act, has_bias), seed)| {
             let marlin = format == CheckpointFormat::Marlin;
+            let bits = if marlin { Bits::B4 } else { Bits::ALL[bits] };
+            let format = if bits.is_planar_only() { CheckpointFormat::Planar } else { format };
             let (i, o, group_size) = match format {
                 CheckpointFormat::Marlin => (128 * (1 + i % 3), 256, group_size.map(|_| 128)),
                 CheckpointFormat::Planar => (i.next_multiple_of(32), o.next_multiple_of(32), group_size),
                 _ => (i, o, group_size),
             };
-            let bits = if marlin { Bits::B4 } else { Bits::ALL[bits] };
             let (sym, desc_act) = (sym || marlin, desc_act && !marlin);
             let mut state = seed;
             let mut next = |limit: u64| {

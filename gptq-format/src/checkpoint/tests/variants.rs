@@ -196,3 +196,56 @@ fn marlin_checkpoint_by_its_old_marker() {
     assert!(is_half(&linear) && linear.is_symmetric());
     assert_eq!((linear.in_features(), linear.out_features(), linear.groups()), (256, 256, 2));
 }
+
+/// The same layer as in words of 32 bits: `pack_dtype` int8, int16 and int64.
+#[test]
+fn words_of_any_size() {
+    for (dtype, size) in [(Dtype::I8, 1), (Dtype::I16, 2), (Dtype::I64, 8), (Dtype::U8, 1)] {
+        // Rows of 64 inputs and of 8 outputs, 4 bits each.
+        let (rows, columns) = (32 / size, 4usize.div_ceil(size));
+        let mut zeros = [[0x77u8; 4].as_slice(), &[0; 4]].concat();
+        zeros.truncate(columns * size);
+        let zeros = [zeros.clone(), zeros].concat();
+        let tensors = [
+            raw("x.qweight", dtype, &[rows, 8], &vec![0x99u8; rows * 8 * size]),
+            raw("x.qzeros", dtype, &[2, columns], &zeros),
+        ];
+        let said = CONFIG.replace("false", r#"false, "pack_dtype": "int64""#);
+        for config in [CONFIG, &said] {
+            let tensors = tensors.each_ref().map(|t| raw(t.name, t.dtype, &t.shape, &t.bytes));
+            assert_eq!(good(config, &layer_with(tensors.into(), &[])), [], "{dtype}");
+        }
+    }
+}
+
+/// GPTQModel subtracts from whole words, whatever their size, and the borrow ends at their border.
+#[test]
+fn whole_words_of_64_bits_are_borrowed_from() {
+    let true_zeros = 0x0000_0000_8888_8880u64;
+    let stored = true_zeros.wrapping_sub(0x1111_1111_1111_1111);
+    let v2_zeros = raw("x.qzeros", Dtype::I64, &[2, 1], &[stored; 2]);
+    let config = r#"{"bits": 4, "group_size": 32, "sym": false, "checkpoint_format": "gptq", "pack_dtype": "int64",
+                     "meta": {"quantizer": ["gptqmodel:7.7.0"]}}"#;
+    let (linear, _) = read(config, &layer_with(vec![v2_zeros], &[])).expect("reads");
+    assert_eq!(linear.unpack_zeros(), [[0, 8, 8, 8, 8, 8, 8, 8]; 2].as_flattened());
+}
+
+/// Five bits: GPTQModel's planes, read under any label.
+#[test]
+fn planar_codes_of_five_bits() {
+    // Every code 17 = 0b1_0001, every zero point 16 = 0b1_0000: four words of low bits, one of high ones.
+    let qweight: Vec<u32> = [[0x1111_1111u32; 32].repeat(4), vec![u32::MAX; 32]].concat();
+    let tensors = [
+        raw("x.qweight", Dtype::I32, &[10, 32], &[qweight.clone(), qweight].concat()),
+        raw("x.qzeros", Dtype::I32, &[2, 5], &[0u32, 0, 0, 0, u32::MAX, 0, 0, 0, 0, u32::MAX]),
+        raw("x.scales", Dtype::F16, &[2, 32], &[f16::from_f32(0.5); 64]),
+        raw("x.g_idx", Dtype::I32, &[64], &(0..64).map(|i| i / 32).collect::<Vec<i32>>()),
+    ];
+    for label in ["gptq_p", "gptq", "gptq_v2"] {
+        let config = format!(r#"{{"bits": 5, "group_size": 32, "checkpoint_format": "{label}"}}"#);
+        assert_eq!(good(&config, &tensors), []);
+    }
+    let (linear, _) = read(r#"{"bits": 5, "group_size": 32}"#, &tensors).expect("reads");
+    assert!(linear.is_symmetric());
+    assert_eq!((linear.bits(), linear.in_features(), linear.out_features()), (Bits::B5, 64, 32));
+}

@@ -1,13 +1,12 @@
 use std::{arch::x86_64::*, array::from_fn};
 
-use gptq_format::Bits;
 use half::bf16;
 
 use super::tile::{Amx, PairRow, Sums};
 use crate::cpu::{
     avx512::Avx512,
     format::half_to_float,
-    layout::{Line, TILES},
+    layout::{Line, TILES, Width},
     panel::PanelRow,
     simd::Simd,
 };
@@ -21,7 +20,7 @@ const AHEAD: usize = 64;
 #[inline(always)]
 pub(super) fn codes(
     amx: Amx,
-    bits: Bits,
+    width: Width,
     zeros: bool,
     head: &[Line],
     words: &[[Line; TILES]],
@@ -30,14 +29,14 @@ pub(super) fn codes(
     let s = amx.vectors();
     // SAFETY: `Amx` exists only where AVX-512F and AVX-512BW do.
     unsafe {
-        match (bits, zeros) {
-            (Bits::B2, false) => narrow::<2, false>(s, head, words, panel),
-            (Bits::B2, true) => narrow::<2, true>(s, head, words, panel),
-            (Bits::B3, false) => narrow::<3, false>(s, head, words, panel),
-            (Bits::B3, true) => narrow::<3, true>(s, head, words, panel),
-            (Bits::B4, false) => narrow::<4, false>(s, head, words, panel),
-            (Bits::B4, true) => narrow::<4, true>(s, head, words, panel),
-            (Bits::B8, _) => bytes(s, zeros, head, words, panel),
+        match (width, zeros) {
+            (Width::Two, false) => narrow::<2, false>(s, head, words, panel),
+            (Width::Two, true) => narrow::<2, true>(s, head, words, panel),
+            (Width::Three, false) => narrow::<3, false>(s, head, words, panel),
+            (Width::Three, true) => narrow::<3, true>(s, head, words, panel),
+            (Width::Four, false) => narrow::<4, false>(s, head, words, panel),
+            (Width::Four, true) => narrow::<4, true>(s, head, words, panel),
+            (Width::Byte, _) => bytes(s, zeros, head, words, panel),
         }
     }
 }

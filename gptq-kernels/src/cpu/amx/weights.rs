@@ -47,7 +47,9 @@ impl<'a> Weights<'a> {
         let words = &self.words[self.decoded..until];
         let panel = &mut panel[self.decoded * per_word / 2..];
         match self.encoding {
-            Encoding::Codes { bits, zeros } => decode::codes(self.amx, bits, zeros, self.head, words, panel),
+            Encoding::Codes { width, zeros } => {
+                decode::codes(self.amx, width, zeros, self.head, words, panel)
+            }
             Encoding::Dense(_) => {
                 panel[..words.len()].copy_from_slice(words);
                 panel[words.len()..].fill([Line([0; 16]); TILES]);
