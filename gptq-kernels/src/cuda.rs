@@ -7,6 +7,8 @@
 //! |---|---|---|
 //! | `cuda-gemv-sm90` | 9.0 | 4-bit, group size at least 32 or one group; fastest up to 8 rows |
 //! | `cuda-plain` | 8.0 | every packed layer of 2, 3, 4 or 8 bits |
+//! | `cuda-cublas` | 8.0, and the library cuBLAS | float weights of the activations' type |
+//! | `cuda-dense` | 8.0 | float weights of every type; fast up to 8 rows of the activations' type |
 //!
 //! # Streams and graphs
 //!
@@ -29,6 +31,8 @@
 //! # }
 //! ```
 
+mod blas;
+mod dense;
 mod device;
 mod driver;
 mod gemv;
@@ -39,6 +43,7 @@ mod units;
 pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
 
 use crate::{LinearKernel, Unsupported};
+use dense::Dense;
 use gemv::Gemv;
 use plain::Plain;
 
@@ -70,6 +75,14 @@ fn probe<T: Element>(device: &CudaDevice<T>) -> (Kernels<T>, Vec<(&'static str, 
     match Plain::new(device) {
         Ok(kernel) => kernels.push(Box::new(kernel)),
         Err(reason) => missing.push((plain::NAME, reason)),
+    }
+    match Dense::with_cublas(device) {
+        Ok(kernel) => kernels.push(Box::new(kernel)),
+        Err(reason) => missing.push((dense::CUBLAS_NAME, reason)),
+    }
+    match Dense::new(device) {
+        Ok(kernel) => kernels.push(Box::new(kernel)),
+        Err(reason) => missing.push((dense::NAME, reason)),
     }
     (kernels, missing)
 }

@@ -37,6 +37,12 @@ pub enum Unsupported {
         /// Name of the image.
         image: &'static str,
     },
+    /// A library that the kernel calls is not installed, or not where the loader looks.
+    #[error("the library {library} cannot be loaded")]
+    Library {
+        /// Its name, without prefix and suffix.
+        library: &'static str,
+    },
     /// The CUDA driver failed while the device was probed.
     #[error("{call}: {message}")]
     Driver {
