@@ -1,7 +1,11 @@
 //! Quantises a model folder.
 #![allow(clippy::print_stdout, reason = "a command line program")]
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Parser, ValueEnum};
 use gptq_core::GptqConfig;
@@ -10,10 +14,11 @@ use gptq_examples::{
     failure::{Failure, run},
     progress,
 };
-use gptq_format::Checkpoint;
+use gptq_format::{Checkpoint, DynamicRules};
 use gptq_kernels::cpu::Cpu;
 use gptq_llama::{
-    LlamaConfig, ModelWriter, QuantizeMethod, QuantizeOptions, Watch, quantize, round_to_nearest,
+    LlamaConfig, LoraWeights, ModelWriter, QuantizeMethod, QuantizeOptions, Watch, WeightSource, quantize,
+    round_to_nearest,
 };
 
 /// Quantises the linear layers of a Llama, Mistral or Qwen2 and writes a GPTQ checkpoint.
@@ -66,6 +71,16 @@ struct Args {
     /// Tokens a calibration row [default: ids as they stand; texts by the model's context, at most 2048]
     #[arg(long, value_name = "N")]
     seq_len: Option<usize>,
+    /// Settings of single layers: a JSON object of regular expressions for names and their overrides, such as
+    /// {"-:.*down_proj": {}, "+:.*\.0\..*": {"bits": 8}}; the first that matches decides, -: leaves a layer as it is
+    #[arg(long, value_name = "FILE")]
+    dynamic: Option<PathBuf>,
+    /// Quantise the output layer too
+    #[arg(long)]
+    lm_head: bool,
+    /// Merge the LoRA adapter in this folder (adapter_config.json, adapter_model.safetensors) into the model first
+    #[arg(long, value_name = "DIR")]
+    lora: Option<PathBuf>,
     /// gptq, or rtn: round to nearest, the baseline
     #[arg(long, value_enum, default_value_t = Method::Gptq)]
     method: Method,
@@ -98,19 +113,29 @@ fn options(args: &Args) -> Result<QuantizeOptions, Failure> {
         }
     };
     let builder = GptqConfig::builder().bits(args.bits).group_size(group_size);
-    let gptq = match args.recipe {
-        Some(Recipe::Best) => return Ok(QuantizeOptions::best(args.bits, group_size)?),
-        None => builder
-            .sym(!args.asym)
-            .desc_act(args.desc_act)
-            .static_groups(args.static_groups)
-            .act_group_aware(args.act_group_aware)
-            .mse(args.mse)
-            .gptaq(args.gptaq)
-            .damp_percent(args.damp)
-            .build()?,
+    let options = match args.recipe {
+        Some(Recipe::Best) => QuantizeOptions::best(args.bits, group_size)?,
+        None => QuantizeOptions::new(
+            builder
+                .sym(!args.asym)
+                .desc_act(args.desc_act)
+                .static_groups(args.static_groups)
+                .act_group_aware(args.act_group_aware)
+                .mse(args.mse)
+                .gptaq(args.gptaq)
+                .damp_percent(args.damp)
+                .build()?,
+        ),
     };
-    Ok(QuantizeOptions::new(gptq))
+    let rules = match &args.dynamic {
+        Some(file) => rules(file).map_err(|error| format!("{}: {error}", file.display()))?,
+        None => DynamicRules::default(),
+    };
+    Ok(options.with_dynamic(rules).with_lm_head(args.lm_head))
+}
+
+fn rules(file: &Path) -> Result<DynamicRules, Failure> {
+    Ok(DynamicRules::from_json(&fs::read_to_string(file)?)?)
 }
 
 fn write_quantized(args: &Args) -> Result<(), Failure> {
@@ -136,20 +161,35 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
             Some(source.read(&config)?)
         }
     };
-    let mut writer = ModelWriter::create(&args.out, &checkpoint, &config, &options, method)?;
+    let merged = match &args.lora {
+        Some(adapter) => Some(LoraWeights::open(adapter, &checkpoint, &config)?),
+        None => None,
+    };
+    let weights: &dyn WeightSource = match &merged {
+        Some(merged) => merged,
+        None => &checkpoint,
+    };
+    let mut writer =
+        ModelWriter::create(&args.out, &checkpoint, &config, &options, method)?.with_weights(weights);
     let bar = progress::quantization_bar("quantising");
     let mut watch = Watch::default().on_progress(|progress| progress::show(&bar, progress));
     let report = {
         let mut sink = |layer, packed: gptq_format::PackedLinear| writer.layer(layer, &packed);
         match &rows {
-            Some(rows) => quantize(&config, &checkpoint, &Cpu, rows, &options, &mut watch, &mut sink)?,
-            None => round_to_nearest(&config, &checkpoint, &options.gptq, &mut watch, &mut sink)?,
+            Some(rows) => quantize(&config, weights, &Cpu, rows, &options, &mut watch, &mut sink)?,
+            None => round_to_nearest(&config, weights, &options, &mut watch, &mut sink)?,
         }
     };
     bar.finish_and_clear();
     let summary = writer.finish(&report)?;
     if let Some(rows) = &rows {
         println!("calibration: {} rows, {} tokens", rows.rows().len(), rows.tokens());
+    }
+    if let Some(merged) = &merged {
+        println!("adapter merged: {} tensors changed", merged.changed().len());
+    }
+    if !report.skipped.is_empty() {
+        println!("left as they are: {} layers", report.skipped.len());
     }
     println!(
         "{} layers quantised in {:.1} s, {:.2} MB written to {}",

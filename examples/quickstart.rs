@@ -112,7 +112,7 @@ fn write(
     let mut sink = |layer: Layer, packed: PackedLinear| writer.layer(layer, &packed);
     let report = match calibration {
         Some(rows) => quantize(config, &checkpoint, &Cpu, rows, options, &mut watch, &mut sink)?,
-        None => round_to_nearest(config, &checkpoint, &options.gptq, &mut watch, &mut sink)?,
+        None => round_to_nearest(config, &checkpoint, options, &mut watch, &mut sink)?,
     };
     bar.finish_and_clear();
     writer.finish(&report)?;

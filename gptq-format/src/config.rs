@@ -11,7 +11,7 @@ mod dynamic;
 mod tests;
 
 pub use builder::QuantizeConfigBuilder;
-use dynamic::Rule;
+pub use dynamic::{DynamicRule, DynamicRules};
 
 /// The files that may hold a quantisation config, in the order in which AutoGPTQ and GPTQModel look for it.
 pub(crate) const CONFIG_FILES: [&str; 2] = ["quantize_config.json", "quant_config.json"];
@@ -61,7 +61,7 @@ impl CheckpointFormat {
 pub struct QuantizeConfig {
     module: ModuleConfig,
     format: Option<CheckpointFormat>,
-    rules: Vec<Rule>,
+    rules: DynamicRules,
     /// Everything as it was read; the typed fields above are derived from it.
     fields: Map<String, Value>,
 }
@@ -191,9 +191,9 @@ impl QuantizeConfig {
             ModuleConfig { bits: parse_bits("bits", bits)?, group_size: None, desc_act: false, sym: true };
         module.apply("", &fields)?;
         let rules = match first(&fields, &["dynamic"]) {
-            None => Vec::new(),
+            None => DynamicRules::default(),
             Some(Value::Object(rules)) => {
-                rules.iter().map(|(pattern, value)| Rule::new(pattern, value)).collect::<Result<_, _>>()?
+                DynamicRules::new(rules.iter().map(|(key, value)| (key.as_str(), value)))?
             }
             Some(other) => return Err(invalid("dynamic", other, "an object")),
         };
@@ -236,10 +236,15 @@ impl QuantizeConfig {
 
     /// The settings of one linear layer, or `None` if a rule of `dynamic` says that it is not quantised.
     pub fn module(&self, prefix: &str) -> Option<ModuleConfig> {
-        match self.rules.iter().find(|rule| rule.matches(prefix)) {
+        match self.rules.find(prefix) {
             None => Some(self.module),
-            Some(rule) => rule.apply(self.module),
+            Some((_, rule)) => rule.apply(self.module),
         }
+    }
+
+    /// The rules of `dynamic`.
+    pub fn dynamic(&self) -> &DynamicRules {
+        &self.rules
     }
 
     /// The programs that wrote the checkpoint, `meta.quantizer`, such as `gptqmodel:7.7.0`.

@@ -81,7 +81,10 @@ mod zeros;
 
 pub use bits::Bits;
 pub use checkpoint::{Checkpoint, ReadOptions, Remark};
-pub use config::{CheckpointFormat, ConfigError, ModuleConfig, QuantizeConfig, QuantizeConfigBuilder};
+pub use config::{
+    CheckpointFormat, ConfigError, DynamicRule, DynamicRules, ModuleConfig, QuantizeConfig,
+    QuantizeConfigBuilder,
+};
 pub use dtype::Dtype;
 pub use error::{FormatError, Unwritable};
 pub use header::HeaderError;

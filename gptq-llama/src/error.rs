@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use gptq_kernels::KernelError;
 
-use crate::config::ConfigError;
+use crate::{config::ConfigError, lora::LoraError, quantize::RuleError};
 
 /// What can go wrong in loading, quantising or running a model.
 #[derive(Debug, thiserror::Error)]
@@ -82,12 +82,53 @@ pub enum LlamaError {
         /// Its type.
         dtype: String,
     },
+    /// A weight that does not fit the type in which the checkpoint holds it.
+    #[error("{tensor} has values that {dtype} cannot hold")]
+    Overflow {
+        /// The tensor.
+        tensor: String,
+        /// The checkpoint's type.
+        dtype: String,
+    },
     /// The model to be quantised is quantised.
     #[error("{tensor} is quantised already")]
     AlreadyQuantized {
         /// The layer.
         tensor: String,
     },
+    /// A rule of `dynamic` asks for what no module can have.
+    #[error("dynamic rule {rule:?}: {reason}")]
+    DynamicRule {
+        /// The rule's pattern.
+        rule: String,
+        /// Why not.
+        reason: RuleError,
+    },
+    /// A rule of `dynamic` changes nothing: it is misspelt, or stands behind others.
+    #[error(
+        "dynamic rule {rule:?} {}",
+        if *matches == 0 { "matches no module".to_owned() } else {
+            format!("decides no module: earlier rules match all {matches} that it matches")
+        }
+    )]
+    UnusedRule {
+        /// The rule's pattern.
+        rule: String,
+        /// Modules that it matches.
+        matches: usize,
+    },
+    /// The output layer cannot be quantised by itself.
+    #[error(
+        "the output layer is the embedding matrix (tie_word_embeddings): quantised, it would be a second matrix, which \
+         other tools replace by the embedding when they load the model"
+    )]
+    TiedOutputLayer,
+    /// Rules take every module out.
+    #[error("the rules of `dynamic` leave no module to quantise")]
+    NothingToQuantize,
+    /// An adapter cannot be merged.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
     /// A token is not in the vocabulary.
     #[error("token {token} at position {index}: the vocabulary has {vocab_size} entries")]
     Token {

@@ -7,6 +7,7 @@
 //! | generate | [`generate()`], or [`Generator`] as an iterator |
 //! | measure | [`perplexity()`] |
 //! | quantise | [`quantize()`], [`round_to_nearest`], and [`ModelWriter`] to save the result |
+//! | merge a LoRA adapter | [`LoraWeights`] |
 //! | bring weights from elsewhere | [`WeightSource`], [`MemoryWeights`] |
 //!
 //! The model is generic over a [`Backend`](gptq_kernels::Backend), names no kernel, and takes quantised and dense layers
@@ -51,6 +52,7 @@ mod cache;
 pub mod config;
 mod error;
 mod generate;
+mod lora;
 mod model;
 mod names;
 mod perplexity;
@@ -67,13 +69,15 @@ pub use cache::{KvCache, SequenceId, Timings};
 pub use config::LlamaConfig;
 pub use error::LlamaError;
 pub use generate::{Finish, GenerateOptions, Generator, generate};
+pub use lora::{LoraError, LoraWeights};
 pub use model::{Feed, Llama, LoadOptions, Logits, Wanted};
 pub use names::{Layer, Module};
 pub use perplexity::{Perplexity, perplexity};
 pub use progress::{CancelToken, Progress, QuantizePhase, Watch};
 pub use projections::Precision;
 pub use quantize::{
-    LayerSink, LayerSummary, QuantizeMethod, QuantizeOptions, QuantizeReport, quantize, round_to_nearest,
+    LayerSink, LayerSummary, QuantizeMethod, QuantizeOptions, QuantizeReport, RuleError, quantize,
+    round_to_nearest,
 };
 pub use random::Rng;
 pub use rows::TokenRows;

@@ -2,8 +2,8 @@
 
 use crate::{LlamaConfig, weights::LinearName};
 
-/// A linear layer of a decoder layer, by its name in the checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// A linear layer by its name in the checkpoint: those of a decoder layer, and the output layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Module {
     /// `self_attn.q_proj`
     Q,
@@ -19,13 +19,15 @@ pub enum Module {
     Up,
     /// `mlp.down_proj`
     Down,
+    /// `lm_head`, which belongs to no decoder layer.
+    LmHead,
 }
 
 impl Module {
-    /// All, in the order of the forward pass.
+    /// Those of a decoder layer, in the order of the forward pass.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
-    /// The name within a decoder layer.
+    /// The name within a decoder layer; that of the output layer within the model.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Q => "self_attn.q_proj",
@@ -35,6 +37,7 @@ impl Module {
             Self::Gate => "mlp.gate_proj",
             Self::Up => "mlp.up_proj",
             Self::Down => "mlp.down_proj",
+            Self::LmHead => LM_HEAD,
         }
     }
 
@@ -47,14 +50,15 @@ impl Module {
             Self::O => (config.q_features(), hidden),
             Self::Gate | Self::Up => (hidden, inner),
             Self::Down => (inner, hidden),
+            Self::LmHead => (hidden, config.vocab_size),
         }
     }
 }
 
 /// One linear layer of a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Layer {
-    /// Number of the decoder layer.
+    /// Number of the decoder layer; for the output layer the number of decoder layers.
     pub layer: usize,
     /// Which of its linear layers.
     pub module: Module,
@@ -63,17 +67,31 @@ pub struct Layer {
 impl std::fmt::Display for Layer {
     /// The name in a checkpoint, without `.weight`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}{}", layer_prefix(self.layer), self.module.name())
+        match self.module {
+            Module::LmHead => f.write_str(LM_HEAD),
+            module => write!(f, "{}{}", layer_prefix(self.layer), module.name()),
+        }
     }
 }
 
 impl Layer {
+    /// The output layer.
+    pub fn lm_head(config: &LlamaConfig) -> Self {
+        Self { layer: config.layers, module: Module::LmHead }
+    }
+
+    /// All linear layers but the output layer, in the order of the forward pass.
+    pub(crate) fn of_decoder(config: &LlamaConfig) -> impl Iterator<Item = Self> + use<> {
+        (0..config.layers).flat_map(|layer| Module::ALL.into_iter().map(move |module| Self { layer, module }))
+    }
+
     pub(crate) fn linear(self, config: &LlamaConfig) -> LinearName {
         let (in_features, out_features) = self.module.shape(config);
         let bias = match self.module {
             Module::Q | Module::K | Module::V => config.qkv_bias,
             Module::O => config.o_bias,
             Module::Gate | Module::Up | Module::Down => config.mlp_bias,
+            Module::LmHead => false,
         };
         LinearName { module: self.to_string(), in_features, out_features, bias }
     }

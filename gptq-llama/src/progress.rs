@@ -45,7 +45,7 @@ pub enum QuantizePhase {
 /// Where a quantisation stands.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
-    /// Decoder layer.
+    /// Decoder layer; at the output layer the number of decoder layers.
     pub layer: usize,
     /// Decoder layers in all.
     pub layers: usize,
@@ -95,13 +95,16 @@ pub(crate) struct Reporter<'w, 'a> {
     watch: &'w mut Watch<'a>,
     start: Instant,
     layers: usize,
+    /// Decoder layers, and one for the output layer if it is quantised.
+    units: usize,
     /// Parts of equal weight that a layer's work is counted in.
     parts: usize,
 }
 
 impl<'w, 'a> Reporter<'w, 'a> {
-    pub(crate) fn new(watch: &'w mut Watch<'a>, layers: usize, parts: usize) -> Self {
-        Self { watch, start: Instant::now(), layers, parts }
+    pub(crate) fn new(watch: &'w mut Watch<'a>, layers: usize, lm_head: bool, parts: usize) -> Self {
+        let units = layers + usize::from(lm_head);
+        Self { watch, start: Instant::now(), layers, units, parts }
     }
 
     pub(crate) fn elapsed(&self) -> Duration {
@@ -117,7 +120,7 @@ impl<'w, 'a> Reporter<'w, 'a> {
         loss: Option<f64>,
     ) -> Result<(), LlamaError> {
         self.watch.cancel.check()?;
-        let fraction = ((layer as f64 + done / self.parts as f64) / self.layers as f64).min(1.0);
+        let fraction = ((layer as f64 + done / self.parts as f64) / self.units as f64).min(1.0);
         let elapsed = self.start.elapsed();
         let eta = (fraction > 0.0).then(|| elapsed.mul_f64((1.0 - fraction) / fraction));
         let layers = self.layers;

@@ -13,12 +13,11 @@ use gptq_llama::{
     round_to_nearest,
 };
 
+const CONFIG: &str = r#"{"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}"#;
+
 fn config() -> LlamaConfig {
-    LlamaConfig::from_json(
-        r#"{"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}"#,
-    )
-    .unwrap()
+    LlamaConfig::from_json(CONFIG).unwrap()
 }
 
 fn rows(count: u32) -> TokenRows {
@@ -74,12 +73,12 @@ fn every_mode_beats_rounding() {
     let config = config();
     let weights = MemoryWeights::random(&config, 5);
     let mut rounded = Layers::new();
-    let gptq = options(|b| b).gptq;
+    let baseline = options(|b| b);
     let mut sink = |layer: Layer, packed| {
         rounded.insert(layer.to_string(), packed);
         Ok(())
     };
-    let report = round_to_nearest(&config, &weights, &gptq, &mut Watch::default(), &mut sink).unwrap();
+    let report = round_to_nearest(&config, &weights, &baseline, &mut Watch::default(), &mut sink).unwrap();
     assert_eq!(report.layers.len(), 14);
     let baseline = logit_error(&rounded);
     let rows = rows(12);
@@ -229,7 +228,7 @@ fn bundled_model_there_and_back() {
         let mut watch = Watch::default();
         let report = match calibration {
             Some(rows) => quantize(&config, &checkpoint, &Cpu, rows, &options, &mut watch, &mut sink),
-            None => round_to_nearest(&config, &checkpoint, &options.gptq, &mut watch, &mut sink),
+            None => round_to_nearest(&config, &checkpoint, &options, &mut watch, &mut sink),
         };
         writer.finish(&report.unwrap()).unwrap();
         measure(&target)
@@ -244,9 +243,119 @@ fn bundled_model_there_and_back() {
     let options = QuantizeOptions::default();
     let writer =
         ModelWriter::create(&out.path().join("x"), &checkpoint, &config, &options, QuantizeMethod::Gptq);
-    let report =
-        round_to_nearest(&config, &checkpoint, &options.gptq, &mut Watch::default(), &mut |_, _| Ok(()));
+    let report = round_to_nearest(&config, &checkpoint, &options, &mut Watch::default(), &mut |_, _| Ok(()));
     let error = writer.unwrap().finish(&report.unwrap()).unwrap_err();
     assert!(matches!(error, LlamaError::MissingTensor { .. }), "{error}");
     assert!(!out.path().join("x/model.safetensors").exists());
+}
+
+/// Modules that rules skip stay as they are, others have their own width; the output layer goes along.
+#[test]
+fn rules_and_output_layer_there_and_back() {
+    let config = config();
+    let weights = MemoryWeights::random(&config, 5);
+    let dir = tempfile::tempdir().unwrap();
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
+    save_dense(&weights, &config, &source);
+    let rules = r#"{"-:.*down_proj": {}, "+:.*\\.0\\.self_attn\\.[qk]": {"bits": 8, "group_size": -1},
+        "+:.*v_proj": {"sym": false, "desc_act": true}, "lm_head": {"bits": 8, "group_size": 32}}"#;
+    let rules = gptq_format::DynamicRules::from_json(rules).unwrap();
+    let options = options(|b| b).with_dynamic(rules.clone()).with_lm_head(true);
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let rows = rows(6);
+    let write = |method| {
+        let mut writer = ModelWriter::create(&out, &checkpoint, &config, &options, method).unwrap();
+        let mut sink = |layer, packed: PackedLinear| writer.layer(layer, &packed);
+        let mut watch = Watch::default();
+        let report = match method {
+            QuantizeMethod::Gptq => {
+                quantize(&config, &checkpoint, &Cpu, &rows, &options, &mut watch, &mut sink)
+            }
+            QuantizeMethod::RoundToNearest => {
+                round_to_nearest(&config, &checkpoint, &options, &mut watch, &mut sink)
+            }
+        }
+        .unwrap();
+        assert_eq!(report.layers.len(), 2 * 6 + 1);
+        let names: Vec<String> = report.skipped.iter().map(Layer::to_string).collect();
+        assert_eq!(names, ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]);
+        writer.finish(&report).unwrap();
+        let written = Checkpoint::open(&out).unwrap();
+        let config = written.config().unwrap();
+        assert_eq!(config.dynamic(), &rules);
+        assert_eq!(config.get("lm_head").as_deref(), Some("true"));
+        // Asymmetric layers need the second version of zero points, whatever the others are.
+        assert_eq!(config.checkpoint_format(), Some(gptq_format::CheckpointFormat::GptqV2));
+        let shape = |name: &str| {
+            let linear = written.linear(name).unwrap();
+            (linear.bits().get(), linear.group_size())
+        };
+        assert_eq!(shape("model.layers.0.self_attn.q_proj"), (8, 64));
+        assert_eq!(shape("model.layers.1.self_attn.q_proj"), (4, 16));
+        assert_eq!(shape("lm_head"), (8, 32));
+        assert!(!written.linear("model.layers.1.self_attn.v_proj").unwrap().is_symmetric());
+        for tensor in ["model.layers.0.mlp.down_proj.weight", "model.norm.weight"] {
+            assert_eq!(written.tensor(tensor).unwrap().bytes(), checkpoint.tensor(tensor).unwrap().bytes());
+        }
+        let float32 = LoadOptions::default().with_precision(Precision::Float32);
+        let model = Llama::load(&out, Cpu, &float32).unwrap();
+        perplexity(&model, &rows, |_, _| {}).unwrap();
+    };
+    write(QuantizeMethod::RoundToNearest);
+    write(QuantizeMethod::Gptq);
+}
+
+/// The output layer alone: GPTQ sees the outputs of the final norm, so that it beats rounding on the logits.
+#[test]
+fn output_layer_is_calibrated_behind_the_final_norm() {
+    let config = config();
+    let weights = MemoryWeights::random(&config, 5);
+    let rows = rows(12);
+    let only_head = gptq_format::DynamicRules::from_json(r#"{"-:model\\.": {}}"#).unwrap();
+    let options = options(|b| b.bits(3)).with_dynamic(only_head).with_lm_head(true);
+    let (mut gptq, mut rtn) = (Layers::new(), Layers::new());
+    let mut last = 0.0;
+    let mut watch = Watch::default().on_progress(|progress| {
+        assert!(progress.fraction >= last);
+        last = progress.fraction;
+    });
+    let mut sink = |layer: Layer, packed| {
+        gptq.insert(layer.to_string(), packed);
+        Ok(())
+    };
+    quantize(&config, &weights, &Cpu, &rows, &options, &mut watch, &mut sink).unwrap();
+    drop(watch);
+    assert!((last - 1.0).abs() < 1e-9, "{last}");
+    let mut sink = |layer: Layer, packed| {
+        rtn.insert(layer.to_string(), packed);
+        Ok(())
+    };
+    round_to_nearest(&config, &weights, &options, &mut Watch::default(), &mut sink).unwrap();
+    assert_eq!(gptq.keys().collect::<Vec<_>>(), ["lm_head"]);
+    let (gptq, rtn) = (logit_error(&gptq), logit_error(&rtn));
+    assert!(gptq < 0.8 * rtn, "{gptq} against {rtn}");
+}
+
+/// A dense checkpoint of random weights, with a config that gives the same shapes.
+fn save_dense(weights: &MemoryWeights<'_>, config: &LlamaConfig, dir: &Path) {
+    let mut writer =
+        gptq_format::CheckpointWriter::create(dir, None, gptq_format::WriteOptions::default()).unwrap();
+    let mut names: Vec<String> =
+        ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"].map(String::from).into();
+    for layer in 0..config.layers {
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            names.push(format!("model.layers.{layer}.{norm}.weight"));
+        }
+        for module in gptq_llama::Module::ALL {
+            names.push(format!("{}.weight", Layer { layer, module }));
+            names.push(format!("{}.bias", Layer { layer, module }));
+        }
+    }
+    for name in names {
+        let Some(tensor) = weights.tensor(&name).unwrap() else { continue };
+        let bytes: Vec<u8> = tensor.to_f32().iter().flat_map(|x| x.to_le_bytes()).collect();
+        writer.tensor(&name, gptq_format::Dtype::F32, &tensor.shape, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    std::fs::write(dir.join("config.json"), CONFIG).unwrap();
 }

@@ -1,6 +1,6 @@
 use serde_json::{Map, Value, json};
 
-use super::{CheckpointFormat, QuantizeConfig};
+use super::{CheckpointFormat, DynamicRules, QuantizeConfig};
 use crate::Bits;
 
 /// Builds the [`QuantizeConfig`] of a checkpoint that is to be written.
@@ -92,6 +92,12 @@ impl QuantizeConfigBuilder {
     /// Layers that are not quantised, by a regular expression that matches their name from its start.
     pub fn skip_modules(mut self, pattern: &str) -> Self {
         self.dynamic.insert(format!("-:{pattern}"), json!({}));
+        self
+    }
+
+    /// Rules for layers, after those that are there. A rule of the same pattern takes the place of the one there.
+    pub fn dynamic(mut self, rules: &DynamicRules) -> Self {
+        self.dynamic.extend(rules.fields());
         self
     }
 

@@ -193,3 +193,23 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn rules_alone_keep_their_order_and_refuse_repetition() {
+    let json = r#"{"-:.*down_proj":{},"+:.*":{"bits":8,"mse":2.4}}"#;
+    let rules = DynamicRules::from_json(json).expect("valid");
+    assert_eq!(rules.to_json().split_whitespace().collect::<String>(), json);
+    assert_eq!(DynamicRules::from_json(&rules.to_json()), Ok(rules.clone()));
+    let overrides: Vec<Option<String>> = rules.rules().iter().map(|rule| rule.overrides()).collect();
+    assert_eq!(overrides, [None, Some(r#"{"bits":8,"mse":2.4}"#.into())]);
+    let written = QuantizeConfig::builder(Bits::B4, Some(128)).dynamic(&rules).build().expect("valid");
+    assert_eq!(written.dynamic(), &rules);
+    assert_eq!(good(&written.to_json()).dynamic(), &rules);
+
+    let error = |json| DynamicRules::from_json(json).expect_err("refused").to_string();
+    assert!(error(r#"{"-:a": {}, "-:a": {}}"#).ends_with("it stands twice"));
+    assert!(error("[]").starts_with("not valid JSON"));
+    assert!(error("{} {}").starts_with("not valid JSON"));
+    assert!(error(r#"{"+:(": {}}"#).starts_with("dynamic pattern `(`"));
+    assert_eq!(error(r#"{"a": {"sym": 1}}"#), "dynamic[\"a\"].sym = 1 should be true or false");
+}

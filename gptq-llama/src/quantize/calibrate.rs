@@ -129,13 +129,45 @@ impl<'a, D: Backend> Calibration<'a, D> {
             Stage::O => (stream.kept(row), self.config.q_features()),
             Stage::Down => (stream.kept(row), self.config.intermediate_size),
         };
-        let mut inputs = Array2::zeros((tokens, features));
-        let flat = inputs.as_slice_mut().expect("invariant: a new array is contiguous");
-        self.device.download(D::slice(buffer, 0..tokens * features), flat)?;
+        let inputs = self.download(buffer, tokens, features)?;
         if stage == Stage::Down && !self.keep_inner {
             stream.kept[row] = None;
         }
         Ok(inputs)
+    }
+
+    fn download(&self, buffer: &D::Buffer, rows: usize, cols: usize) -> Result<Array2<f32>, LlamaError> {
+        let mut array = Array2::zeros((rows, cols));
+        let flat = array.as_slice_mut().expect("invariant: a new array is contiguous");
+        self.device.download(D::slice(buffer, 0..rows * cols), flat)?;
+        Ok(array)
+    }
+
+    /// A row of the residual stream behind a norm, `(tokens, hidden_size)`.
+    pub(super) fn normalized(
+        &mut self,
+        weight: &D::Buffer,
+        stream: &Stream<D>,
+        row: usize,
+    ) -> Result<Array2<f32>, LlamaError> {
+        self.norm(weight, stream, row)?;
+        self.download(&self.norm, self.rows.rows()[row].len(), self.config.hidden_size)
+    }
+
+    /// [`advance`](Self::advance) where nobody wants to see the inputs of `stage`.
+    pub(super) fn pass(
+        &mut self,
+        stage: Stage,
+        decoder: &Decoder<D>,
+        stream: &mut Stream<D>,
+        row: usize,
+    ) -> Result<(), LlamaError> {
+        match stage {
+            // Computed again by whoever needs it.
+            Stage::Qkv => Ok(()),
+            Stage::Down if !self.keep_inner => Ok(()),
+            _ => self.advance(stage, decoder, stream, row),
+        }
     }
 
     /// Takes a row to the entry of `stage`; it stands at the entry of the stage before.

@@ -1,7 +1,7 @@
 use gptq_kernels::{AttentionShape, Backend};
 
 use crate::{
-    LlamaConfig, LlamaError, Module, WeightSource,
+    Layer, LlamaConfig, LlamaError, Module, WeightSource,
     model::{attention_shape, load_norm},
     names,
     projections::Projections,
@@ -26,6 +26,16 @@ impl Stage {
             Self::GateUp => &[Module::Gate, Module::Up],
             Self::Down => &[Module::Down],
         }
+    }
+
+    /// Its layers in decoder layer `layer`.
+    pub(super) fn layers(self, layer: usize) -> Vec<Layer> {
+        self.modules().iter().map(|&module| Layer { layer, module }).collect()
+    }
+
+    /// The stage that a layer belongs to; none for the output layer.
+    pub(super) fn of(module: Module) -> Option<Self> {
+        Self::ALL.into_iter().find(|stage| stage.modules().contains(&module))
     }
 }
 
