@@ -198,7 +198,7 @@ impl QuantizeConfig {
             Some(other) => return Err(invalid("dynamic", other, "an object")),
         };
         // Widths that only one layout has decide it, as GPTQModel does when it reads such a config.
-        let widths = rules.iter().filter_map(|rule| rule.apply(module)).chain([module]);
+        let widths = rules.rules().iter().filter_map(|rule| rule.apply(module)).chain([module]);
         let planar_only = widths.into_iter().any(|module| module.bits.is_planar_only());
         let format = if planar_only && format != Some(CheckpointFormat::Marlin) {
             Some(CheckpointFormat::Planar)
