@@ -9,7 +9,7 @@
 //     2  wait for the kernel before this one, then stage the slice of x (gathered if the layer is act-ordered)
 //     3  unit by unit: codes to exact halves (code - zero), tensor core over one group, times the scale in float32
 //     4  push the part's sums into the shared memory of the block that finishes these output features
-//     5  finish these stripes: add the 16 parts in order, the bias, round, store
+//     5  finish these stripes: the bias, the 16 parts in order, the epilogue, round, store
 //
 // No float atomics, and no order of addition that depends on timing, on the number of rows or on the shape of blocks and
 // clusters: results repeat to the bit, and row r of y depends on row r of x alone.
@@ -19,21 +19,36 @@
 struct GemvArgs {
     const u8* units;      // (ceil(n / 32), k_units) units
     const u16* x;         // (rows, k), x_stride apart
-    u16* y;               // (rows, n), y_stride apart
-    const u16* bias;      // (n), fp16, or null
+    u16* y;               // (rows, columns), y_stride apart
+    const u16* bias;      // (n), fp16, in the order of the units, or null
     const u16* gather;    // (k_units * 128) column of x, or NONE for a zero; null for the identity
     u32 rows, n, k;
     u32 x_stride, y_stride;
     u32 k_units;
     u32 x_vectors;        // x and its rows are aligned to 16 bytes
     u32 raw_rows;         // rows that are gathered at a time
+    u32 columns;          // n, or half of the features without padding for SILU_MUL
+    u32 epilogue;         // STORE, ADD or SILU_MUL
+    u32 launch_at;        // units that a warp has yet to fetch when the next kernel may start
 };
+
+// What becomes of the product p: y = p; y += p; y = silu(gate) * up, where 16 features of the units are 8 of gate and the
+// same 8 of up.
+constexpr u32 ADD = 1, SILU_MUL = 2;
 
 constexpr u32 PARTS = 16;
 
 DEVICE u32 part_start(u32 k_units, u32 part) { return k_units * part / PARTS; }
 
 constexpr u32 NONE = 0xFFFF;
+
+// g / (1 + exp(-g)), within a few units of float32.
+DEVICE float silu(float gate) {
+    float power, out;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(gate * -1.4426950408889634f));
+    asm("div.full.f32 %0, %1, %2;" : "=f"(out) : "f"(gate), "f"(1.0f + power));
+    return out;
+}
 
 // Starts copying `count` halves of each row into shared memory, and writes zeros behind them up to `width`.
 template <u32 THREADS>
@@ -125,7 +140,7 @@ DEVICE void gemv(const GemvArgs& args) {
             mbarrier_expect(barriers + slot * 8, UNIT);
             bulk_copy(ring + slot * UNIT, source, UNIT, barriers + slot * 8);
         }
-        --left;
+        if (--left == args.launch_at) launch_dependents();
         source += UNIT;
         if (--left_in_stripe == 0) left_in_stripe = part_units, source += stripe_jump;
     };
@@ -140,7 +155,7 @@ DEVICE void gemv(const GemvArgs& args) {
     parity = 0;
     __syncwarp();
     if (SLICES > 1) cluster_arrive();
-    launch_dependents();
+    if (left <= args.launch_at) launch_dependents();
     if (args.gather != nullptr) copy_rows<THREADS>(index, 0, args.gather + x_first * 128, 0, 1, x_width, x_width, true);
 
     // Rows beyond the last repeat the last; their results are dropped.
@@ -150,21 +165,35 @@ DEVICE void gemv(const GemvArgs& args) {
         x_start[t] = staged + row * x_stride + (lane % 4) * 16 + (first_unit - x_first) * 256;
     }
 
+    // At most one output a thread, and one row of x a warp.
+    static_assert(OWNED == 32 && 8 * OWNED <= THREADS, "");
+    const u32 token = threadIdx.x / OWNED, owned = slice * OWNED + threadIdx.x % OWNED;
+    const bool finishes = threadIdx.x < args.rows * OWNED;
+    u16 bias = 0, before = 0;
+    // Fetches what the product is added to, ahead of its use.
+    auto begin = [&](u32 stripe) {
+        const u32 feature = stripe * 32 + owned;
+        if (!finishes || feature >= args.n) return;
+        if (args.bias != nullptr) bias = args.bias[feature];
+        if (args.epilogue == ADD) before = args.y[(u64)token * args.y_stride + feature];
+    };
     // Adds the parts of the stripes from `stripe` on that this block finishes.
     auto finish = [&](u32 stripe) {
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < args.rows * OWNED; i += THREADS) {
-            const u32 token = i / OWNED, feature = stripe * 32 + slice * OWNED + i % OWNED;
-            float part_sum[PARTS];
+        if (!finishes) return;
+        const u32 feature = stripe * 32 + owned;
+        float part_sum[PARTS];
 #pragma unroll
-            for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(sums + (p * args.rows * OWNED + i) * 4);
-            if (feature < args.n) {
-                float sum = args.bias != nullptr ? Fp16::to_float(args.bias[feature]) : 0.0f;
+        for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(sums + (p * args.rows * OWNED + threadIdx.x) * 4);
+        float sum = Fp16::to_float(bias) + Half::to_float(before);
 #pragma unroll
-                for (u32 p = 0; p < PARTS; ++p) sum += part_sum[p];
-                args.y[(u64)token * args.y_stride + feature] = Half::from_float(sum);
-            }
+        for (u32 p = 0; p < PARTS; ++p) sum += part_sum[p];
+        u32 column = feature;
+        if (args.epilogue == SILU_MUL) {
+            const float up = __shfl_xor_sync(~0u, sum, 8);
+            sum = silu(sum) * up;
+            column = feature % 16 < 8 ? feature / 16 * 8 + feature % 8 : ~0u;
         }
+        if (column < args.columns) args.y[(u64)token * args.y_stride + column] = Half::from_float(sum);
     };
     // Of the block, or of the cluster.
     auto barrier = [&] {
@@ -183,6 +212,7 @@ DEVICE void gemv(const GemvArgs& args) {
             __syncthreads();
             if (SLICES > 1) cluster_wait(); // all blocks have started
         }
+        if (round >= 0) begin(stripe);
         float acc[2][N_TILES][4] = {};
         const u32 count = round < 0 ? 1 : stripe + warp_n < stripes ? part_units : 0;
         u32 x_address[N_TILES];

@@ -24,7 +24,6 @@
 use std::marker::PhantomData;
 
 use gptq_format::{Bits, PackedLinear};
-use half::f16;
 
 use super::{
     CudaDevice, Element,
@@ -33,8 +32,8 @@ use super::{
     units::{DEPTH, MOST_FEATURES, STRIPE, Units, unit_bytes},
 };
 use crate::{
-    ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, WeightFormat,
-    Workspace, cpu::check_operands,
+    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
+    WeightFormat, Workspace, cpu::check_operands,
 };
 
 pub(super) const NAME: &str = "cuda-gemv-sm90";
@@ -110,6 +109,9 @@ struct Args {
     k_units: u32,
     x_vectors: u32,
     raw_rows: u32,
+    columns: u32,
+    epilogue: u32,
+    launch_at: u32,
 }
 
 /// How a pass of some rows is launched.
@@ -129,6 +131,8 @@ struct GemvLinear<T> {
     gather: Resident,
     bias: Resident,
     k_units: usize,
+    /// Output features, with the padding between gate and up.
+    unit_rows: usize,
     element: PhantomData<T>,
 }
 
@@ -140,7 +144,7 @@ impl<T: Element> Gemv<T> {
         spec: &LinearSpec,
         rows: usize,
     ) -> Result<Option<Plan>, KernelError> {
-        let (in_features, stripes) = (spec.in_features, spec.out_features.div_ceil(STRIPE));
+        let (in_features, stripes) = (spec.in_features, units.rows.div_ceil(STRIPE));
         let unit = unit_bytes(units.groups, units.asym);
         let clusters = |variant: &Variant| {
             let most = self.device.multiprocessors() as usize / variant.slices();
@@ -189,7 +193,9 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         let WeightFormat::Gptq { bits, group_size, .. } = spec.weight else {
             return Err(Unsupported::WeightFormat);
         };
-        spec.only_stores()?;
+        if spec.epilogue == Epilogue::SiluMul && !spec.out_features.is_multiple_of(2) {
+            return Err(Unsupported::Epilogue { epilogue: spec.epilogue });
+        }
         if bits != Bits::B4 {
             return Err(Unsupported::Bits { bits: bits.get() });
         }
@@ -206,10 +212,18 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight);
+        self.prepare_fused(weight, Epilogue::Store)
+    }
+
+    fn prepare_fused(
+        &self,
+        weight: &PackedLinear,
+        epilogue: Epilogue,
+    ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
+        let spec = LinearSpec::of(weight).with_epilogue(epilogue);
         let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
         self.supports(&spec).map_err(unsupported)?;
-        let units = Units::pack(weight);
+        let units = Units::pack(weight, epilogue);
         let zero = if units.asym { "asym" } else { "sym" };
         let image = format!("gemv-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
         let mut plans = Vec::with_capacity(ROWS);
@@ -227,8 +241,9 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         Ok(Box::new(GemvLinear {
             units: Resident::new(stream, &units.bytes)?,
             gather: Resident::new(stream, units.gather.as_deref().unwrap_or_default())?,
-            bias: Resident::new::<f16>(stream, weight.bias().unwrap_or_default())?,
+            bias: Resident::new(stream, &units.bias)?,
             k_units: units.k_units,
+            unit_rows: units.rows,
             plans,
             spec,
             element: PhantomData::<T>,
@@ -239,14 +254,14 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
     /// aligning all 17 terms to the largest and cutting them off, at least 24 bits below its leading one (Fasi, Higham,
     /// Mikaitis, Pranesh, *Numerical behavior of NVIDIA tensor cores*, 2021): at most 17 errors of `2^-23`, two units
     /// each. A group is at most 8 such steps. Then come the fused multiply-adds with the scales, one for each group that
-    /// a part has, the 16 parts and the bias.
+    /// a part has, the 16 parts, the bias and what [`Epilogue::Add`] adds to.
     ///
     /// In a group, sums are of `x (code - zero)`, and the scale is the group's own, so the errors are relative to
     /// `sum |x w|` as they are.
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {
         let shortest_group = 32;
         let groups_of_a_part = (2 * spec.in_features.div_ceil(PARTS)).div_ceil(shortest_group) + 4;
-        output_bound::<T>(ErrorBound::float32(8 * 17 * 2 + groups_of_a_part + PARTS + 1))
+        output_bound::<T>(ErrorBound::float32(8 * 17 * 2 + groups_of_a_part + PARTS + 2))
     }
 }
 
@@ -291,13 +306,20 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
                 bias: self.bias.address(),
                 gather: self.gather.address(),
                 rows: plan.rows as u32,
-                n: self.spec.out_features as u32,
+                n: self.unit_rows as u32,
                 k: self.spec.in_features as u32,
                 x_stride: stride(x_stride),
                 y_stride: stride(y_stride),
                 k_units: self.k_units as u32,
                 x_vectors: u32::from(x_vectors),
                 raw_rows: plan.raw_rows as u32,
+                columns: self.spec.y_features() as u32,
+                epilogue: match self.spec.epilogue {
+                    Epilogue::Store => 0,
+                    Epilogue::Add => 1,
+                    Epilogue::SiluMul => 2,
+                },
+                launch_at: u32::MAX,
             };
             // SAFETY: `Args` is `GemvArgs`. units, gather and bias are the layer's own memory, of the sizes that `Units`
             // gives them; `check_operands` has compared x and y, of these rows, with the layer; all of them outlive the

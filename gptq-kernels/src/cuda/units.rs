@@ -1,5 +1,8 @@
 use gptq_format::{Bits, PackedLinear};
+use half::f16;
 use rayon::prelude::*;
+
+use crate::Epilogue;
 
 /// Output features of a unit.
 pub(super) const STRIPE: usize = 32;
@@ -24,6 +27,10 @@ pub(super) struct Units {
     pub(super) asym: bool,
     /// Units along the input features.
     pub(super) k_units: usize,
+    /// Output features, with the padding between gate and up.
+    pub(super) rows: usize,
+    /// Bias of the rows; empty if there is none.
+    pub(super) bias: Vec<f16>,
     /// Column of `x` for every input feature of the units, [`NONE`] for padding; `None` if it is the identity.
     pub(super) gather: Option<Vec<u16>>,
 }
@@ -77,21 +84,49 @@ impl Order {
     }
 }
 
+/// Where units hold the output features: in order; or, for [`Epilogue::SiluMul`], 8 of gate and the same 8 of up in turn,
+/// so that both factors of a product are found in one stripe.
+struct RowOrder {
+    outputs: usize,
+    paired: bool,
+}
+
+impl RowOrder {
+    fn new(outputs: usize, epilogue: Epilogue) -> Self {
+        Self { outputs, paired: epilogue == Epilogue::SiluMul }
+    }
+
+    fn rows(&self) -> usize {
+        if self.paired { 2 * (self.outputs / 2).next_multiple_of(8) } else { self.outputs }
+    }
+
+    /// Output feature of a row of the units; `None` for padding.
+    fn feature(&self, row: usize) -> Option<usize> {
+        if !self.paired {
+            return Some(row).filter(|&row| row < self.outputs);
+        }
+        let (half, place) = (self.outputs / 2, row / 16 * 8 + row % 8);
+        (place < half).then_some(if row % 16 < 8 { place } else { half + place })
+    }
+}
+
 impl Units {
     /// Repacks a 4-bit layer of at most [`MOST_FEATURES`] input features.
-    pub(super) fn pack(weight: &PackedLinear) -> Self {
+    pub(super) fn pack(weight: &PackedLinear, epilogue: Epilogue) -> Self {
         debug_assert!(weight.bits() == Bits::B4 && weight.in_features() <= MOST_FEATURES);
         let asym = !weight.is_symmetric();
         let (inputs, outputs) = (weight.in_features(), weight.out_features());
         let order = Order::best(weight.g_idx(), asym);
+        let row_order = RowOrder::new(outputs, epilogue);
+        let rows = row_order.rows();
         let k_units = order.columns.len() / DEPTH;
         let groups = DEPTH / order.run;
         let codes = weight.unpack_codes();
         let zeros = weight.unpack_zeros();
         let unit = unit_bytes(groups, asym);
-        let mut bytes = vec![0; outputs.div_ceil(STRIPE) * k_units * unit];
+        let mut bytes = vec![0; rows.div_ceil(STRIPE) * k_units * unit];
         bytes.par_chunks_mut(k_units * unit).enumerate().for_each(|(stripe, bytes)| {
-            let feature = |row: usize| Some(stripe * STRIPE + row).filter(|&feature| feature < outputs);
+            let feature = |row: usize| row_order.feature(stripe * STRIPE + row);
             for (u, unit) in bytes.chunks_mut(unit).enumerate() {
                 let (words, rest) = unit.split_at_mut(CODES);
                 let (scales, zero_points) = rest.split_at_mut(groups * STRIPE * 2);
@@ -116,7 +151,10 @@ impl Units {
                 }
             }
         });
-        Self { bytes, groups, asym, k_units, gather: order.gather(inputs) }
+        let bias = weight.bias().map_or_else(Vec::new, |bias| {
+            (0..rows).map(|row| row_order.feature(row).map_or(f16::ZERO, |feature| bias[feature])).collect()
+        });
+        Self { bytes, groups, asym, k_units, rows, bias, gather: order.gather(inputs) }
     }
 }
 
@@ -164,6 +202,21 @@ mod tests {
     }
 
     #[test]
+    fn gate_and_up_take_turns() {
+        // 10 of gate, 10 of up: 16 places, then 16 of which 2 of each are used.
+        let order = RowOrder::new(20, Epilogue::SiluMul);
+        assert_eq!(order.rows(), 32);
+        let features: Vec<_> = (0..33).map(|row| order.feature(row)).collect();
+        let some = |range: std::ops::Range<usize>| range.map(Some).collect::<Vec<_>>();
+        assert_eq!(features[..16], [some(0..8), some(10..18)].concat());
+        assert_eq!(features[16..18], some(8..10));
+        assert_eq!(features[24..26], some(18..20));
+        assert_eq!(features.iter().flatten().count(), 20);
+        let in_order = RowOrder::new(3, Epilogue::Add);
+        assert_eq!((in_order.rows(), in_order.feature(2), in_order.feature(3)), (3, Some(2), None));
+    }
+
+    #[test]
     fn groups_are_padded_to_the_cheapest_run() {
         let in_order: Vec<u32> = (0..256).map(|i| i / 128).collect();
         let order = Order::best(&in_order, false);
@@ -201,7 +254,7 @@ mod tests {
             bias: None,
         })
         .unwrap();
-        let units = Units::pack(&packed);
+        let units = Units::pack(&packed, Epilogue::Store);
         assert_eq!((units.groups, units.asym, units.k_units, &units.gather), (4, true, 2, &None));
         let unit = unit_bytes(4, true);
         assert_eq!(units.bytes.len(), 2 * 2 * unit);
