@@ -15,11 +15,13 @@ mod solver;
 mod upper;
 
 pub use config::{GptqConfig, GptqConfigBuilder, OnFailure};
+pub use damping::{DampingFailure, factorize_damped};
 pub use error::{ConfigError, GptqError, NotPositiveDefinite};
 #[cfg(feature = "lapack")]
 pub use factorize::Lapack;
 pub use factorize::{BlockedCholesky, Factorize};
 pub use hessian::{Hessian, HessianAccumulator, SampleUnit};
+pub use order::ColumnOrder;
 pub use quantized::QuantizedWeight;
 pub use report::{DampReport, LayerReport, Method, PhaseTimes};
 pub use solver::{Gptq, PreparedHessian, rtn};

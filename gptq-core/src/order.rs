@@ -2,20 +2,21 @@
 
 use crate::config::GptqConfig;
 
-/// The order of columns, and their groups.
-#[derive(Debug, Clone)]
-pub(crate) struct ColumnOrder {
+/// In which order columns are quantised, and their groups: the same for whoever runs the column loop.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ColumnOrder {
     /// `column[position]`: the original column that is quantised at this position.
-    pub(crate) column: Vec<usize>,
+    pub column: Vec<usize>,
     /// `group[position]`: the index of its scale and zero.
-    pub(crate) group: Vec<usize>,
+    pub group: Vec<usize>,
 }
 
 impl ColumnOrder {
     /// The order that `config` asks for, given the Hessian's diagonal (dead columns already set to 1).
     ///
     /// Sorts are stable, so that equal diagonal elements keep their natural order.
-    pub(crate) fn new(config: &GptqConfig, diagonal: &[f64]) -> Self {
+    #[must_use]
+    pub fn new(config: &GptqConfig, diagonal: &[f64]) -> Self {
         let columns = diagonal.len();
         let group_size = config.group_size().map_or(columns, |g| g.get());
         let descending = |a: &usize, b: &usize| diagonal[*b].total_cmp(&diagonal[*a]);
@@ -47,7 +48,8 @@ impl ColumnOrder {
     }
 
     /// `g_idx[original column]`.
-    pub(crate) fn g_idx(&self) -> Vec<u32> {
+    #[must_use]
+    pub fn g_idx(&self) -> Vec<u32> {
         let mut g_idx = vec![0; self.column.len()];
         for (&column, &group) in self.column.iter().zip(&self.group) {
             g_idx[column] = u32::try_from(group).expect("invariant: fewer than 2^32 groups fit in memory");
@@ -56,7 +58,8 @@ impl ColumnOrder {
     }
 
     /// Whether columns stay in their natural order.
-    pub(crate) fn is_natural(&self) -> bool {
+    #[must_use]
+    pub fn is_natural(&self) -> bool {
         self.column.iter().enumerate().all(|(position, &column)| position == column)
     }
 }

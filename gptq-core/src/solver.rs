@@ -2,15 +2,18 @@
 
 mod row_chunk;
 
-use std::time::{Duration, Instant};
+use std::{
+    convert::Infallible,
+    time::{Duration, Instant},
+};
 
 use ndarray::linalg::general_mat_mul;
 use ndarray::parallel::prelude::*;
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2, Axis, Zip};
 use rayon::prelude::*;
 
 use crate::config::{GptqConfig, OnFailure};
-use crate::damping::{Damping, DampingFailure};
+use crate::damping::{DampingFailure, factorize_damped};
 use crate::error::{GptqError, NotPositiveDefinite};
 use crate::factorize::{BlockedCholesky, Factorize};
 use crate::grid::GridRule;
@@ -102,8 +105,10 @@ impl<F: Factorize> Gptq<F> {
         }
         let order = ColumnOrder::new(&self.config, &diagonal);
         let ordered = Instant::now();
-        let damping = Damping { matrix: matrix.view(), diagonal: &diagonal, order: &order };
-        let factorized = damping.factorize(&self.config, &self.factorizer);
+        let attempt = |diagonal: &[f64]| -> Result<_, Infallible> {
+            Ok(self.factorizer.inverse_cholesky(ordered_with(matrix.view(), &order, diagonal)))
+        };
+        let Ok(factorized) = factorize_damped(&self.config, &diagonal, attempt);
         drop(matrix);
         let factorize = ordered.elapsed();
         let block_size = self.config.block_size().get();
@@ -272,6 +277,20 @@ fn run(
         report,
     };
     Ok((quantized, losses.iter().sum()))
+}
+
+/// The matrix in the order of quantisation, with another diagonal, given in the original order.
+fn ordered_with(matrix: ArrayView2<'_, f64>, order: &ColumnOrder, diagonal: &[f64]) -> Array2<f64> {
+    let mut ordered = Array2::zeros(matrix.raw_dim());
+    Zip::indexed(ordered.axis_iter_mut(Axis(0))).par_for_each(|position, mut row| {
+        let column = order.column[position];
+        let source = matrix.row(column);
+        for (x, &other) in row.iter_mut().zip(&order.column) {
+            *x = source[other];
+        }
+        row[position] = diagonal[column];
+    });
+    ordered
 }
 
 /// GPTAQ's `P = alpha * triu(D U^T, 1) * U`.
