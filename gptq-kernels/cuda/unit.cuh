@@ -4,11 +4,16 @@
 //     then, per group      32 scales, fp16: feature 8 * j + r at (r * 4 + j) * 2
 //     then, per group      32 zeros, one byte each, in the same order, if the layer is asymmetric
 //
-// A group here is 128, 64 or 32 input features; larger ones repeat their scale in every unit. Lane l of a warp reads 16
-// bytes of a fragment at 16 * l: word s is step s of the tensor core. Its nibbles, from the lowest, are the lower halves
-// of operand registers a0..a3 in bits 0..16 and the upper halves in bits 16..32. With r = l / 4, t = l % 4, register a0
-// holds features r, a1 r + 8, a2 r, a3 r + 8, and the input features are 64 f + 32 (s / 2) + 8 t + 4 (s % 2) + {0, 1}
-// in a0, a1 and + {2, 3} in a2, a3, so that the other operand is 16 consecutive bytes of x.
+// A group here is 128, 64 or 32 input features; larger ones repeat their scale in every unit. A fragment is 32 slots of 16
+// bytes, those of lanes l = 4 r + t at l ^ (l / 8). Word i of a slot holds eight codes: of features r and r + 8, of the
+// input features 8 t + 2 i + {0, 1} and 32 more than these. Its nibbles, from the lowest: feature r, r + 8, and the same 32
+// input features on; of the even input feature in bits 0..16, of the odd one in bits 16..32. So two ways to read a fragment
+// are without bank conflicts and without moving a bit afterwards:
+//
+//     16 bytes a lane         operand A of `mma` in its own order of input features, in which operand B is 16 consecutive
+//                             bytes of x: step s takes the words 2 (s % 2) and the next, their lower or upper half s / 2
+//     four 8 x 8 matrices     operand A of `wgmma` in the natural order of input features: matrix t is what lanes of that t
+//                             hold, and step s takes the matrices 2 (s % 2) and the next, their lower or upper half s / 2
 #pragma once
 #include "hopper.cuh"
 
@@ -30,12 +35,10 @@ template <>
 struct Dequantizer<Fp16> {
     static DEVICE Zero zero(u32 z) { return {0xE400E400u + z * 0x00010001u, 0xD400D400u + z * 0x00100010u}; }
 
-    static DEVICE void expand(u32 (&a)[4], u32 codes, const Zero (&z)[2]) {
-        const u32 upper = codes >> 8;
-        a[0] = Fp16::add2(and_or<0x000F000Fu, 0x64006400u>(codes), z[0].low);
-        a[1] = Fp16::fma2(and_or<0x00F000F0u, 0x64006400u>(codes), 0x2C002C00u, z[1].high);
-        a[2] = Fp16::add2(and_or<0x000F000Fu, 0x64006400u>(upper), z[0].low);
-        a[3] = Fp16::fma2(and_or<0x00F000F0u, 0x64006400u>(upper), 0x2C002C00u, z[1].high);
+    // The codes in the lowest byte of each half of `codes`, of features r and r + 8.
+    static DEVICE void expand(u32& a, u32& b, u32 codes, const Zero (&z)[2]) {
+        a = Fp16::add2(and_or<0x000F000Fu, 0x64006400u>(codes), z[0].low);
+        b = Fp16::fma2(and_or<0x00F000F0u, 0x64006400u>(codes), 0x2C002C00u, z[1].high);
     }
 };
 
@@ -44,11 +47,9 @@ template <>
 struct Dequantizer<Bf16> {
     static DEVICE Zero zero(u32 z) { return {0xC300C300u + z * 0x00010001u, 0}; }
 
-    static DEVICE void expand(u32 (&a)[4], u32 codes, const Zero (&z)[2]) {
-        a[0] = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes), z[0].low);
-        a[1] = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes >> 4), z[1].low);
-        a[2] = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes >> 8), z[0].low);
-        a[3] = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes >> 12), z[1].low);
+    static DEVICE void expand(u32& a, u32& b, u32 codes, const Zero (&z)[2]) {
+        a = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes), z[0].low);
+        b = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes >> 4), z[1].low);
     }
 };
 
@@ -58,9 +59,10 @@ DEVICE void multiply_unit(float (&acc)[2][N_TILES][4], u32 unit, const u32 (&x)[
     constexpr u32 STEPS = 8 / GROUPS; // steps of 16 input features in a group
     float sum[2][N_TILES][4];
     Zero zero[2][2];
+    const u32 slot = (lane ^ lane / 8) * 16;
 #pragma unroll
     for (u32 f = 0; f < 2; ++f) {
-        const uint4 codes[2] = {load_shared_16(unit + f * 512 + lane * 16), load_shared_16(unit + 1024 + f * 512 + lane * 16)};
+        const uint4 codes[2] = {load_shared_16(unit + f * 512 + slot), load_shared_16(unit + 1024 + f * 512 + slot)};
         u32 b[N_TILES][8];
 #pragma unroll
         for (u32 t = 0; t < N_TILES; ++t) {
@@ -84,9 +86,10 @@ DEVICE void multiply_unit(float (&acc)[2][N_TILES][4], u32 unit, const u32 (&x)[
             }
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) {
-                const u32 word = s == 0 ? codes[h].x : s == 1 ? codes[h].y : s == 2 ? codes[h].z : codes[h].w;
+                const u32 first = s % 2 ? codes[h].z : codes[h].x, second = s % 2 ? codes[h].w : codes[h].y;
                 u32 a[4];
-                Dequantizer<Half>::expand(a, word, zero[h]);
+                Dequantizer<Half>::expand(a[0], a[1], first >> (s / 2 * 8), zero[h]);
+                Dequantizer<Half>::expand(a[2], a[3], second >> (s / 2 * 8), zero[h]);
 #pragma unroll
                 for (u32 t = 0; t < N_TILES; ++t) Half::mma(sum[h][t], a, b[t][2 * s], b[t][2 * s + 1]);
             }

@@ -165,16 +165,17 @@ fn lane_row(i: usize) -> usize {
 
 /// Word `w` of the codes of a unit; `code(row, column)` gives those of the unit.
 fn fragment_word(w: usize, code: impl Fn(usize, usize) -> u8) -> u32 {
-    let (fragment, lane, step) = (w / 128, w / 4 % 32, w % 4);
+    let (fragment, slot, i) = (w / 128, w / 4 % 32, w % 4);
     let (half_rows, half_columns) = (fragment / 2, fragment % 2);
+    // Slots of a fragment are permuted against conflicts of banks, as `cuda/unit.cuh` says.
+    let lane = slot ^ (slot / 8);
     let (r, t) = (lane / 4, lane % 4);
     let mut word = 0;
-    for register in 0..4 {
-        for upper in 0..2 {
-            let row = 16 * half_rows + r + 8 * (register & 1);
-            let column =
-                64 * half_columns + 32 * (step / 2) + 8 * t + 4 * (step % 2) + register / 2 * 2 + upper;
-            word |= u32::from(code(row, column)) << (4 * register + 16 * upper);
+    for nibble in 0..4 {
+        for odd in 0..2 {
+            let row = 16 * half_rows + r + 8 * (nibble % 2);
+            let column = 64 * half_columns + 32 * (nibble / 2) + 8 * t + 2 * i + odd;
+            word |= u32::from(code(row, column)) << (4 * nibble + 16 * odd);
         }
     }
     word
@@ -259,7 +260,8 @@ mod tests {
         let unit = unit_bytes(4, true);
         assert_eq!(units.bytes.len(), 2 * 2 * unit);
 
-        // Feature 32, input feature 129: second stripe, second unit, row 0, column 1. Lane 0, step 0, register 0, upper.
+        // Feature 32, input feature 129: second stripe, second unit, row 0, column 1. Slot 0, word 0, lowest nibble of the
+        // upper half.
         let last = &units.bytes[3 * unit..];
         assert_eq!(last[2] & 15, codes[32 * inputs + 129]);
         // Its group is the first of the unit; its scale and zero are the first of the group.
