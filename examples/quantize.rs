@@ -17,8 +17,8 @@ use gptq_examples::{
 use gptq_format::{Checkpoint, DynamicRules};
 use gptq_kernels::cpu::Cpu;
 use gptq_llama::{
-    LlamaConfig, LoraWeights, ModelWriter, QuantizeMethod, QuantizeOptions, Watch, WeightSource, quantize,
-    round_to_nearest,
+    Existing, LlamaConfig, LlamaError, LoraWeights, OutputError, QuantizeJob, QuantizeOptions, Watch,
+    WeightSource,
 };
 
 /// Quantises the linear layers of a Llama, Mistral or Qwen2 and writes a GPTQ checkpoint.
@@ -31,9 +31,15 @@ struct Args {
     /// Model folder: config.json and safetensors in float32, float16 or bfloat16
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Folder to write; an existing checkpoint in it is replaced once the new one is complete
+    /// Folder to write
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Go on with the run in --out that was interrupted; where there is none, start one
+    #[arg(long)]
+    resume: bool,
+    /// Start again in a folder that is not empty; a checkpoint in it is replaced once the new one is complete
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
     /// Calibration rows: .jsonl with a key `text` on each line, .txt (one long text), or .safetensors with token ids in a
     /// tensor `calibration`. Not needed for --method rtn
     #[arg(long, value_name = "FILE")]
@@ -89,7 +95,7 @@ struct Args {
     recipe: Option<Recipe>,
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, ValueEnum)]
 enum Method {
     Gptq,
     Rtn,
@@ -142,14 +148,10 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
     let options = options(args)?;
     let config = LlamaConfig::read(&args.model)?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    let method = match args.method {
-        Method::Gptq => QuantizeMethod::Gptq,
-        Method::Rtn => QuantizeMethod::RoundToNearest,
-    };
-    let rows = match (method, &args.calibration) {
-        (QuantizeMethod::RoundToNearest, _) => None,
-        (QuantizeMethod::Gptq, None) => return Err("--calibration FILE is needed for --method gptq".into()),
-        (QuantizeMethod::Gptq, Some(file)) => {
+    let rows = match (args.method, &args.calibration) {
+        (Method::Rtn, _) => None,
+        (Method::Gptq, None) => return Err("--calibration FILE is needed for --method gptq".into()),
+        (Method::Gptq, Some(file)) => {
             let source = RowSource {
                 file,
                 key: "calibration",
@@ -169,19 +171,27 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
         Some(merged) => merged,
         None => &checkpoint,
     };
-    let mut writer =
-        ModelWriter::create(&args.out, &checkpoint, &config, &options, method)?.with_weights(weights);
+    let existing = match (args.resume, args.overwrite) {
+        (true, _) => Existing::Resume,
+        (_, true) => Existing::Overwrite,
+        _ => Existing::Refuse,
+    };
     let bar = progress::quantization_bar("quantising");
     let mut watch = Watch::default().on_progress(|progress| progress::show(&bar, progress));
-    let report = {
-        let mut sink = |layer, packed: gptq_format::PackedLinear| writer.layer(layer, &packed);
-        match &rows {
-            Some(rows) => quantize(&config, weights, &Cpu, rows, &options, &mut watch, &mut sink)?,
-            None => round_to_nearest(&config, weights, &options, &mut watch, &mut sink)?,
-        }
-    };
+    let mut job = QuantizeJob::new(&config, &checkpoint, &Cpu, options).weights(weights).existing(existing);
+    if let Some(rows) = &rows {
+        job = job.calibration(rows);
+    }
+    let outcome = job.run(&args.out, &mut watch).map_err(|error| hint(&error, &args.out))?;
     bar.finish_and_clear();
-    let summary = writer.finish(&report)?;
+    let Some(written) = outcome.written else {
+        println!("{} holds the result of this very run already", args.out.display());
+        return Ok(());
+    };
+    let report = outcome.report;
+    if outcome.resumed > 0 {
+        println!("{} layers were finished before", outcome.resumed);
+    }
     if let Some(rows) = &rows {
         println!("calibration: {} rows, {} tokens", rows.rows().len(), rows.tokens());
     }
@@ -195,8 +205,22 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
         "{} layers quantised in {:.1} s, {:.2} MB written to {}",
         report.layers.len(),
         report.elapsed.as_secs_f64(),
-        summary.tensor_bytes as f64 / 1e6,
+        written.tensor_bytes as f64 / 1e6,
         args.out.display()
     );
     Ok(())
+}
+
+/// Says which option helps.
+fn hint(error: &LlamaError, out: &Path) -> Failure {
+    let hint = match error {
+        LlamaError::Output(OutputError::Exists { .. }) => " (--overwrite)",
+        LlamaError::Output(OutputError::Unfinished { .. }) => " (--resume or --overwrite)",
+        LlamaError::Output(OutputError::Different { .. } | OutputError::NothingToResume { .. }) => {
+            " (--overwrite starts again)"
+        }
+        _ if QuantizeJob::<Cpu>::is_resumable(out) => " (finished layers are kept: run again with --resume)",
+        _ => "",
+    };
+    format!("{error}{hint}").into()
 }

@@ -39,9 +39,16 @@ fn describe(progress: &Progress<'_>) -> String {
         QuantizePhase::Quantized => "done:",
         _ => "advancing",
     };
-    let mut text = format!("layer {}/{} {what} {}", progress.layer + 1, progress.layers, modules.join(", "));
+    let place = match progress.layer + 1 {
+        layer if layer > progress.layers => "output layer".to_owned(),
+        layer => format!("layer {layer}/{}", progress.layers),
+    };
+    let mut text = format!("{place} {what} {}", modules.join(", "));
     if let Some(loss) = progress.loss {
         text.push_str(&format!(" loss {loss:.4}"));
+    }
+    if let Some(loss) = progress.rtn_loss {
+        text.push_str(&format!(" (rounded {loss:.4})"));
     }
     if let Some(eta) = progress.eta {
         text.push_str(&format!(", {} left", seconds(eta)));
@@ -71,6 +78,10 @@ mod tests {
             modules: &[Module::Q, Module::K],
             phase: QuantizePhase::Calibrating,
             loss: None,
+            rtn_loss: None,
+            damp: None,
+            tokens_per_second: None,
+            memory: None,
             fraction: 0.25,
             elapsed: Duration::from_secs(10),
             eta: Some(Duration::from_secs(65)),
@@ -78,5 +89,7 @@ mod tests {
         assert_eq!(describe(&progress), "layer 2/4 inputs of q_proj, k_proj, 1 min 5 s left");
         let done = Progress { loss: Some(0.5), phase: QuantizePhase::Quantized, eta: None, ..progress };
         assert_eq!(describe(&done), "layer 2/4 done: q_proj, k_proj loss 0.5000");
+        let done = Progress { layer: 4, modules: &[Module::LmHead], rtn_loss: Some(0.75), ..done };
+        assert_eq!(describe(&done), "output layer done: lm_head loss 0.5000 (rounded 0.7500)");
     }
 }

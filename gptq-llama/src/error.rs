@@ -2,7 +2,11 @@ use std::path::PathBuf;
 
 use gptq_kernels::KernelError;
 
-use crate::{config::ConfigError, lora::LoraError, quantize::RuleError};
+use crate::{
+    config::ConfigError,
+    lora::LoraError,
+    quantize::{OutputError, RuleError},
+};
 
 /// What can go wrong in loading, quantising or running a model.
 #[derive(Debug, thiserror::Error)]
@@ -126,6 +130,9 @@ pub enum LlamaError {
     /// Rules take every module out.
     #[error("the rules of `dynamic` leave no module to quantise")]
     NothingToQuantize,
+    /// A run cannot start, go on or be written down.
+    #[error(transparent)]
+    Output(#[from] OutputError),
     /// An adapter cannot be merged.
     #[error(transparent)]
     Lora(#[from] LoraError),

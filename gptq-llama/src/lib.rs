@@ -6,7 +6,8 @@
 //! | run token ids, several sequences at a time | [`Llama::forward`], [`KvCache`], [`Feed`] |
 //! | generate | [`generate()`], or [`Generator`] as an iterator |
 //! | measure | [`perplexity()`] |
-//! | quantise | [`quantize()`], [`round_to_nearest`], and [`ModelWriter`] to save the result |
+//! | quantise a folder, so that it can be resumed | [`QuantizeJob`] |
+//! | quantise in memory | [`quantize()`], [`round_to_nearest`], and [`ModelWriter`] to save the result |
 //! | merge a LoRA adapter | [`LoraWeights`] |
 //! | bring weights from elsewhere | [`WeightSource`], [`MemoryWeights`] |
 //!
@@ -53,6 +54,7 @@ pub mod config;
 mod error;
 mod generate;
 mod lora;
+mod memory;
 mod model;
 mod names;
 mod perplexity;
@@ -76,11 +78,11 @@ pub use perplexity::{Perplexity, perplexity};
 pub use progress::{CancelToken, Progress, QuantizePhase, Watch};
 pub use projections::Precision;
 pub use quantize::{
-    LayerSink, LayerSummary, QuantizeMethod, QuantizeOptions, QuantizeReport, RuleError, quantize,
-    round_to_nearest,
+    Existing, LayerSink, LayerSummary, OutputError, QuantizeJob, QuantizeMethod, QuantizeOptions,
+    QuantizeOutcome, QuantizeReport, RuleError, quantize, round_to_nearest,
 };
 pub use random::Rng;
 pub use rows::TokenRows;
 pub use sampling::Sampling;
 pub use save::ModelWriter;
-pub use weights::{MemoryWeights, Tensor, TensorData, WeightSource};
+pub use weights::{Fingerprint, MemoryWeights, Tensor, TensorData, WeightSource};

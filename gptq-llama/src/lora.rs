@@ -13,7 +13,7 @@ use gptq_format::{Dtype, PackedLinear, TensorFile};
 use rayon::prelude::*;
 
 use crate::{
-    Layer, LlamaConfig, LlamaError, Tensor, TensorData, WeightSource,
+    Fingerprint, Layer, LlamaConfig, LlamaError, Tensor, TensorData, WeightSource,
     names::{self, EMBEDDING},
 };
 use config::AdapterConfig;
@@ -232,6 +232,18 @@ impl WeightSource for LoraWeights<'_> {
         let mut values = tensor.to_f32();
         update.add_to(&mut values);
         Ok(Some(Tensor { shape: tensor.shape, data: TensorData::F32(Cow::Owned(values)) }))
+    }
+
+    fn fingerprint(&self, name: &str, fingerprint: &mut Fingerprint) -> Result<(), LlamaError> {
+        self.base.fingerprint(name, fingerprint)?;
+        if let Some(update) = self.updates.get(name) {
+            let numbers = update.left.iter().chain(&update.right).chain([&update.scaling]);
+            fingerprint.add(&numbers.flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        }
+        if let Some((_, values)) = self.replaced.get(name) {
+            fingerprint.add(&values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        }
+        Ok(())
     }
 
     fn packed(&self, module: &str) -> Result<Option<PackedLinear>, LlamaError> {

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{LlamaError, Module};
+use crate::{LayerSummary, LlamaError, Module, memory::resident_anonymous};
 
 /// A flag that stops a long run from another thread. Clones share the flag.
 #[derive(Clone, Debug, Default)]
@@ -55,6 +55,14 @@ pub struct Progress<'a> {
     pub phase: QuantizePhase,
     /// Loss of the module, once it is quantised by GPTQ.
     pub loss: Option<f64>,
+    /// What rounding to nearest would have lost, see [`LayerSummary::rtn_loss`].
+    pub rtn_loss: Option<f64>,
+    /// Damping of the module, once it is quantised by GPTQ.
+    pub damp: Option<f64>,
+    /// Calibration tokens a second, once the module is quantised by GPTQ.
+    pub tokens_per_second: Option<f64>,
+    /// Bytes of memory that the process takes and that no file backs; `None` where the system does not tell.
+    pub memory: Option<u64>,
     /// Share of the whole run that is done.
     pub fraction: f64,
     /// Time since the start.
@@ -99,12 +107,36 @@ pub(crate) struct Reporter<'w, 'a> {
     units: usize,
     /// Parts of equal weight that a layer's work is counted in.
     parts: usize,
+    /// Share of the whole that took no time worth mention, and when it ended.
+    skipped: (f64, Instant),
+    memory: Option<u64>,
+    peak_memory: Option<u64>,
 }
 
 impl<'w, 'a> Reporter<'w, 'a> {
     pub(crate) fn new(watch: &'w mut Watch<'a>, layers: usize, lm_head: bool, parts: usize) -> Self {
         let units = layers + usize::from(lm_head);
-        Self { watch, start: Instant::now(), layers, units, parts }
+        let start = Instant::now();
+        let skipped = (0.0, start);
+        Self { watch, start, layers, units, parts, skipped, memory: None, peak_memory: None }
+    }
+
+    /// Bytes taken, as last looked at.
+    pub(crate) fn memory(&self) -> Option<u64> {
+        self.memory
+    }
+
+    pub(crate) fn peak_memory(&self) -> Option<u64> {
+        self.peak_memory
+    }
+
+    fn fraction(&self, (layer, done): (usize, f64)) -> f64 {
+        ((layer as f64 + done / self.parts as f64) / self.units as f64).min(1.0)
+    }
+
+    /// What is done up to here was there before: it says nothing about the time left.
+    pub(crate) fn skip(&mut self, at: (usize, f64)) {
+        self.skipped = (self.fraction(at), Instant::now());
     }
 
     pub(crate) fn elapsed(&self) -> Duration {
@@ -114,17 +146,46 @@ impl<'w, 'a> Reporter<'w, 'a> {
     /// Tells that `done` parts of `layer` are done; fails if the run was cancelled.
     pub(crate) fn tell(
         &mut self,
-        (layer, done): (usize, f64),
+        at: (usize, f64),
         modules: &[Module],
         phase: QuantizePhase,
-        loss: Option<f64>,
+    ) -> Result<(), LlamaError> {
+        self.tell_all(at, modules, phase, None)
+    }
+
+    /// Tells that a module is quantised.
+    pub(crate) fn finished(&mut self, at: (usize, f64), summary: &LayerSummary) -> Result<(), LlamaError> {
+        self.tell_all(at, &[summary.layer.module], QuantizePhase::Quantized, Some(summary))
+    }
+
+    fn tell_all(
+        &mut self,
+        at: (usize, f64),
+        modules: &[Module],
+        phase: QuantizePhase,
+        summary: Option<&LayerSummary>,
     ) -> Result<(), LlamaError> {
         self.watch.cancel.check()?;
-        let fraction = ((layer as f64 + done / self.parts as f64) / self.units as f64).min(1.0);
-        let elapsed = self.start.elapsed();
-        let eta = (fraction > 0.0).then(|| elapsed.mul_f64((1.0 - fraction) / fraction));
-        let layers = self.layers;
-        (self.watch.callback)(&Progress { layer, layers, modules, phase, loss, fraction, elapsed, eta });
+        self.memory = resident_anonymous();
+        self.peak_memory = self.peak_memory.max(self.memory);
+        let fraction = self.fraction(at);
+        let (before, since) = self.skipped;
+        let share = fraction - before;
+        let eta = (share > 0.0).then(|| since.elapsed().mul_f64((1.0 - fraction) / share));
+        (self.watch.callback)(&Progress {
+            layer: at.0,
+            layers: self.layers,
+            modules,
+            phase,
+            loss: summary.and_then(|summary| summary.report.loss),
+            rtn_loss: summary.and_then(|summary| summary.rtn_loss),
+            damp: summary.and_then(|summary| summary.report.damp).map(|damp| damp.percent),
+            tokens_per_second: summary.and_then(LayerSummary::tokens_per_second),
+            memory: self.memory,
+            fraction,
+            elapsed: self.start.elapsed(),
+            eta,
+        });
         self.watch.cancel.check()
     }
 }

@@ -1,26 +1,31 @@
 //! Quantising a model layer by layer.
 
+mod baseline;
 mod calibrate;
+mod identity;
+mod job;
+mod journal;
 mod layer;
 mod options;
 mod original;
 mod plan;
+mod record;
+mod report;
+mod round;
 mod run;
 mod store;
+mod summary;
 
-use std::time::Duration;
-
-use gptq_core::{LayerReport, rtn};
 use gptq_format::PackedLinear;
 use gptq_kernels::Backend;
 
-use crate::{
-    Layer, LlamaConfig, LlamaError, Module, QuantizePhase, TokenRows, Watch, WeightSource, progress::Reporter,
-};
+use crate::{Layer, LlamaConfig, LlamaError, TokenRows, Watch, WeightSource};
+pub use job::{Existing, QuantizeJob, QuantizeOutcome};
+pub use journal::OutputError;
 pub use options::QuantizeOptions;
-use original::Original;
 pub(crate) use plan::Plan;
 pub use plan::RuleError;
+pub use report::{LayerSummary, QuantizeReport};
 use store::Forward;
 
 /// By what a model is quantised.
@@ -40,28 +45,6 @@ impl QuantizeMethod {
             Self::RoundToNearest => "rtn",
         }
     }
-}
-
-/// What came of a quantisation.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct QuantizeReport {
-    /// Every quantised layer, in the order of the forward pass.
-    pub layers: Vec<LayerSummary>,
-    /// Layers that rules of [`QuantizeOptions::dynamic`] leave as they are.
-    pub skipped: Vec<Layer>,
-    /// Wall-clock time in all.
-    pub elapsed: Duration,
-}
-
-/// What came of one linear layer.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct LayerSummary {
-    /// Which one.
-    pub layer: Layer,
-    /// The quantiser's account.
-    pub report: LayerReport,
 }
 
 /// Takes the finished layers, one after the other.
@@ -100,21 +83,5 @@ pub fn round_to_nearest(
     watch: &mut Watch<'_>,
     sink: &mut LayerSink<'_>,
 ) -> Result<QuantizeReport, LlamaError> {
-    let span = tracing::info_span!("round_to_nearest", layers = config.layers);
-    let _guard = span.enter();
-    let plan = Plan::new(config, options)?;
-    let mut reporter = Reporter::new(watch, config.layers, plan.quantizes_lm_head(), Module::ALL.len());
-    let mut layers = Vec::new();
-    for layer in plan.layers(config) {
-        let Some(gptq) = plan.get(layer) else { continue };
-        let original = Original::read(source, layer.linear(config))?;
-        let result = rtn(original.weight().view(), gptq).map_err(|error| original.failed(error))?;
-        sink(layer, original.pack(&result, gptq)?)?;
-        layers.push(LayerSummary { layer, report: result.report });
-        let parts =
-            Module::ALL.iter().position(|&module| module == layer.module).unwrap_or(Module::ALL.len() - 1);
-        let done = (layer.layer, (parts + 1) as f64);
-        reporter.tell(done, &[layer.module], QuantizePhase::Quantized, None)?;
-    }
-    Ok(QuantizeReport { layers, skipped: plan.skipped().to_vec(), elapsed: reporter.elapsed() })
+    round::round_to_nearest(config, source, options, watch, &mut Forward(sink))
 }

@@ -13,6 +13,11 @@ use crate::{
     names::LM_HEAD, quantize::Plan,
 };
 
+/// What became of each layer, in GPTQModel's columns.
+const LOG: &str = "quant_log.csv";
+/// Everything about the run.
+pub(crate) const REPORT: &str = "quantize_report.json";
+
 /// Writes a quantised model as it comes into being: a folder that this crate, transformers and vLLM read.
 ///
 /// Nothing is in its place before [`finish`](Self::finish) has succeeded; a run that dies leaves the old content.
@@ -63,7 +68,7 @@ impl<'a> ModelWriter<'a> {
         Ok(self.writer.linear(&module, packed)?)
     }
 
-    /// Adds what is not quantised and `quant_log.csv`, and puts the folder in its place.
+    /// Adds what is not quantised, `quant_log.csv` and `quantize_report.json`, and puts the folder in its place.
     ///
     /// Errors: [`LlamaError::MissingTensor`] if a layer has not been written, [`LlamaError::Format`].
     pub fn finish(mut self, report: &QuantizeReport) -> Result<WriteSummary, LlamaError> {
@@ -82,7 +87,8 @@ impl<'a> ModelWriter<'a> {
             let bytes = bytes.as_deref().unwrap_or(tensor.bytes());
             self.writer.tensor(tensor.name(), tensor.dtype(), tensor.shape(), bytes)?;
         }
-        self.writer.file("quant_log.csv", log(report).as_bytes())?;
+        self.writer.file(LOG, report.to_csv().as_bytes())?;
+        self.writer.file(REPORT, report.to_json().as_bytes())?;
         Ok(self.writer.finish()?)
     }
 }
@@ -176,23 +182,4 @@ fn quantize_config(
         }
     }
     builder.build().map_err(|source| LlamaError::QuantizeConfig { source })
-}
-
-/// One line a layer: what became of it.
-fn log(report: &QuantizeReport) -> String {
-    let mut text = String::from("layer,module,loss,samples,damp,time\n");
-    for summary in &report.layers {
-        let (layer, report) = (&summary.layer, &summary.report);
-        let loss = report.loss.map(|loss| loss.to_string()).unwrap_or_default();
-        let damp = report.damp.map(|damp| damp.percent.to_string()).unwrap_or_default();
-        let times = &report.times;
-        let seconds = (times.prepare + times.factorize + times.solve).as_secs_f64();
-        text.push_str(&format!(
-            "{},{},{loss},{},{damp},{seconds:.3}\n",
-            layer.layer,
-            layer.module.name(),
-            report.samples
-        ));
-    }
-    text
 }

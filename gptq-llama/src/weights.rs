@@ -1,8 +1,10 @@
 //! Where a model's weights come from.
 
 mod checkpoint;
+mod fingerprint;
 mod memory;
 
+pub use fingerprint::Fingerprint;
 pub use memory::MemoryWeights;
 
 use std::borrow::Cow;
@@ -20,6 +22,13 @@ pub trait WeightSource {
 
     /// The quantised layer called `module` (the name without `.qweight`), `None` if it is not quantised.
     fn packed(&self, module: &str) -> Result<Option<PackedLinear>, LlamaError>;
+
+    /// Adds what tells the floats called `name` from others, so that a run is not continued with another model. A source
+    /// that computes its floats can add what it computes them from.
+    fn fingerprint(&self, name: &str, fingerprint: &mut Fingerprint) -> Result<(), LlamaError> {
+        fingerprint.tensor(name, self.tensor(name)?.as_ref());
+        Ok(())
+    }
 }
 
 /// Floats of a checkpoint, row-major.

@@ -1,16 +1,19 @@
 //! The walk through the decoder: collect, solve, advance.
 
+use std::time::{Duration, Instant};
+
 use gptq_core::{Gptq, GptqConfig, Hessian, HessianAccumulator};
 use gptq_kernels::Backend;
 use ndarray::Array2;
 
 use super::{
     LayerSummary, QuantizeOptions, QuantizeReport,
+    baseline::Baseline,
     calibrate::{Calibration, Stream},
     layer::{Decoder, Stage},
     original::Original,
     plan::Plan,
-    store::{Finished, Recovered, Store},
+    store::{Finished, Store},
 };
 use crate::{
     Layer, LlamaConfig, LlamaError, Module, Precision, QuantizePhase, TokenRows, Watch, WeightSource,
@@ -40,6 +43,12 @@ pub(super) fn quantize<D: Backend>(
     let _guard = span.enter();
     rows.check_vocabulary(config.vocab_size)?;
     let plan = Plan::new(config, options)?;
+    let mut report = QuantizeReport::empty(plan.skipped().to_vec());
+    let before = plan.layers(config).filter_map(|layer| store.finished(layer).cloned());
+    report.layers = before.collect();
+    let Some(last) = plan.layers(config).filter(|&layer| store.finished(layer).is_none()).last() else {
+        return Ok(report);
+    };
     let kernels = device.kernels();
     let preparation = Preparation { kernels: &kernels, kernel: None, precision: Precision::Float32 };
     let mut run = Run {
@@ -48,6 +57,7 @@ pub(super) fn quantize<D: Backend>(
         preparation: &preparation,
         options,
         plan: &plan,
+        last: last.layer,
         reporter: Reporter::new(watch, config.layers, plan.quantizes_lm_head(), PARTS),
         store,
         layers: Vec::new(),
@@ -55,17 +65,17 @@ pub(super) fn quantize<D: Backend>(
     let mut calibration = Calibration::new(device, config, source, rows, options.activation_bytes)?;
     let mut stream = calibration.embed()?;
     let mut reference = if plan.needs_reference() { Some(calibration.embed()?) } else { None };
-    for layer in 0..config.layers {
+    for layer in 0..config.layers.min(last.layer + 1) {
         let span = tracing::info_span!("layer", layer);
         let _guard = span.enter();
         run.layer(layer, &mut calibration, &mut stream, reference.as_mut())?;
     }
-    if plan.quantizes_lm_head() {
+    if last.module == Module::LmHead {
         run.lm_head(&mut calibration, &stream, reference.as_ref())?;
     }
-    let mut layers = run.layers;
-    layers.sort_by_key(|summary| summary.layer);
-    Ok(QuantizeReport { layers, skipped: plan.skipped().to_vec(), elapsed: run.reporter.elapsed() })
+    report.layers.append(&mut run.layers);
+    report.finish(&run.reporter);
+    Ok(report)
 }
 
 /// What stays the same from layer to layer.
@@ -75,6 +85,8 @@ struct Run<'r, 'w, 'a, D: Backend> {
     preparation: &'r Preparation<'r, D>,
     options: &'r QuantizeOptions,
     plan: &'r Plan,
+    /// The last decoder layer in which something is left to do; behind all for the output layer.
+    last: usize,
     reporter: Reporter<'w, 'a>,
     store: &'r mut dyn Store,
     layers: Vec<LayerSummary>,
@@ -138,7 +150,7 @@ impl<D: Backend> Run<'_, '_, '_, D> {
                 }
             }
         }
-        if layer + 1 < self.config.layers || self.plan.quantizes_lm_head() {
+        if layer < self.last {
             let rows = calibration.rows();
             for row in 0..rows {
                 calibration.finish(&quantized, stream, row)?;
@@ -146,7 +158,7 @@ impl<D: Backend> Run<'_, '_, '_, D> {
                     calibration.finish(original, reference, row)?;
                 }
                 let done = Stage::ALL.len() as f64 + (row + 1) as f64 / rows as f64;
-                self.reporter.tell((layer, done), &[], QuantizePhase::Advancing, None)?;
+                self.reporter.tell((layer, done), &[], QuantizePhase::Advancing)?;
             }
         }
         Ok(())
@@ -172,12 +184,12 @@ impl<D: Backend> Run<'_, '_, '_, D> {
             let reference = reference.map(|stream| calibration.normalized(&norm, stream, row)).transpose()?;
             sums.add(&inputs, reference.as_ref())?;
             let done = PARTS as f64 * SHARE_OF_CALIBRATION * ((row + 1) as f64 / rows as f64);
-            self.reporter.tell((head[0].layer, done), &[Module::LmHead], QuantizePhase::Calibrating, None)?;
+            self.reporter.tell((head[0].layer, done), &[Module::LmHead], QuantizePhase::Calibrating)?;
         }
         let solving = (head[0].layer, PARTS as f64 * SHARE_OF_CALIBRATION);
-        self.reporter.tell(solving, &[Module::LmHead], QuantizePhase::Solving, None)?;
-        let hessian = sums.finish()?;
-        self.solve(&head, recovered, Some(hessian)).map(drop)
+        self.reporter.tell(solving, &[Module::LmHead], QuantizePhase::Solving)?;
+        let moments = sums.finish()?;
+        self.solve(&head, recovered, Some(moments)).map(drop)
     }
 
     fn read(&self, layer: usize, stage: Stage) -> Result<Vec<Original<'_>>, LlamaError> {
@@ -189,16 +201,13 @@ impl<D: Backend> Run<'_, '_, '_, D> {
     }
 
     /// What an earlier run has left of these layers.
-    fn recover(&mut self, layers: &[Layer]) -> Result<Vec<Option<Recovered>>, LlamaError> {
+    fn recover(&mut self, layers: &[Layer]) -> Result<Vec<Option<Array2<f32>>>, LlamaError> {
         let planned = |layer| self.plan.get(layer).is_some();
-        layers
-            .iter()
-            .map(|&layer| if planned(layer) { self.store.recover(layer) } else { Ok(None) })
-            .collect()
+        layers.iter().map(|&layer| if planned(layer) { self.store.weight(layer) } else { Ok(None) }).collect()
     }
 
     /// Empty second moments of the inputs of these layers; `None` if nobody needs them.
-    fn sums(&self, layers: &[Layer], recovered: &[Option<Recovered>]) -> Option<Sums> {
+    fn sums(&self, layers: &[Layer], recovered: &[Option<Array2<f32>>]) -> Option<Sums> {
         let open = layers.iter().zip(recovered).filter(|(_, recovered)| recovered.is_none());
         let settings: Vec<&GptqConfig> = open.filter_map(|(&layer, _)| self.plan.get(layer)).collect();
         if settings.is_empty() {
@@ -211,19 +220,19 @@ impl<D: Backend> Run<'_, '_, '_, D> {
         } else {
             HessianAccumulator::new(features)
         };
-        Some(Sums { module: layers[0], with_reference, accumulator })
+        Some(Sums { module: layers[0], with_reference, accumulator, start: Instant::now() })
     }
 
     /// Runs all rows up to the inputs of a stage, and takes their second moments if some layer needs them.
     fn collect(
         &mut self,
         (layer, stage): (usize, Stage),
-        recovered: &[Option<Recovered>],
+        recovered: &[Option<Array2<f32>>],
         calibration: &mut Calibration<'_, D>,
         decoder: &Decoder<D>,
         stream: &mut Stream<D>,
         mut reference: Reference<'_, D>,
-    ) -> Result<Option<Hessian>, LlamaError> {
+    ) -> Result<Option<Moments>, LlamaError> {
         let mut sums = self.sums(&stage.layers(layer), recovered);
         let rows = calibration.rows();
         for row in 0..rows {
@@ -245,23 +254,26 @@ impl<D: Backend> Run<'_, '_, '_, D> {
             }
             let phase = if sums.is_some() { QuantizePhase::Calibrating } else { QuantizePhase::Advancing };
             let done = stage as usize as f64 + SHARE_OF_CALIBRATION * ((row + 1) as f64 / rows as f64);
-            self.reporter.tell((layer, done), stage.modules(), phase, None)?;
+            self.reporter.tell((layer, done), stage.modules(), phase)?;
+        }
+        if recovered.iter().any(Option::is_some) {
+            self.reporter.skip((layer, stage as usize as f64 + SHARE_OF_CALIBRATION));
         }
         sums.map(Sums::finish).transpose()
     }
 
     fn tell_solving(&mut self, layer: usize, stage: Stage) -> Result<(), LlamaError> {
         let done = stage as usize as f64 + SHARE_OF_CALIBRATION;
-        self.reporter.tell((layer, done), stage.modules(), QuantizePhase::Solving, None)
+        self.reporter.tell((layer, done), stage.modules(), QuantizePhase::Solving)
     }
 
     /// Quantises layers that share an input, as far as they are not recovered, and returns the weights that the model
-    /// goes on with. `hessian` is there if some layer needs it.
+    /// goes on with. `moments` are there if some layer needs them.
     fn solve(
         &mut self,
         layers: &[Layer],
-        recovered: Vec<Option<Recovered>>,
-        mut hessian: Option<Hessian>,
+        recovered: Vec<Option<Array2<f32>>>,
+        moments: Option<Moments>,
     ) -> Result<Vec<(LinearName, LinearWeight<'static>)>, LlamaError> {
         let mut originals = Vec::with_capacity(layers.len());
         for layer in layers {
@@ -274,10 +286,7 @@ impl<D: Backend> Run<'_, '_, '_, D> {
         for (index, recovered) in recovered.into_iter().enumerate() {
             let mut original = || originals[index].take().expect("invariant: every layer is taken once");
             match (recovered, self.plan.get(layers[index])) {
-                (Some(Recovered { weight, summary }), _) => {
-                    weights[index] = Some(original().with_weight(weight));
-                    self.layers.push(summary);
-                }
+                (Some(weight), _) => weights[index] = Some(original().with_weight(weight)),
                 (None, None) => weights[index] = Some(original().unchanged()),
                 (None, Some(settings)) => match groups.iter_mut().find(|(other, _)| *other == settings) {
                     Some((_, members)) => members.push(index),
@@ -285,10 +294,21 @@ impl<D: Backend> Run<'_, '_, '_, D> {
                 },
             }
         }
+        let Some(Moments { hessian, calibration }) = moments else {
+            return Ok(weights.into_iter().flatten().collect());
+        };
+        let mut baselines: Vec<Option<Baseline>> = Vec::with_capacity(layers.len());
+        for (&layer, original) in layers.iter().zip(&originals) {
+            let open = original.as_ref().zip(self.plan.get(layer));
+            baselines.push(open.and_then(|(original, settings)| {
+                Baseline::new(original.weight().view(), &hessian, settings)
+            }));
+        }
         let count = groups.len();
+        let mut hessian = Some(hessian);
         for (number, (settings, members)) in groups.into_iter().enumerate() {
             let hessian = if number + 1 == count { hessian.take() } else { hessian.clone() };
-            let hessian = hessian.expect("invariant: collected, because a layer is open");
+            let hessian = hessian.expect("invariant: only the last takes it");
             let first = layers[members[0]];
             let prepared = Gptq::new(settings.clone())
                 .prepare(hessian)
@@ -300,20 +320,28 @@ impl<D: Backend> Run<'_, '_, '_, D> {
                     prepared.quantize(original.weight().view()).map_err(|error| original.failed(error))?;
                 let packed = original.pack(&result, settings)?;
                 weights[index] = Some(original.with_weight(result.dequantize()));
-                let loss = result.report.loss;
-                tracing::info!(module = %layer, loss, damp = ?result.report.damp, "quantised");
-                let summary = LayerSummary { layer, report: result.report };
+                let rtn_loss = baselines[index].as_ref().and_then(|baseline| baseline.loss(&result.report));
+                let memory = self.reporter.memory();
+                let summary = LayerSummary { layer, report: result.report, rtn_loss, calibration, memory };
+                let (loss, damp) = (summary.report.loss, &summary.report.damp);
+                tracing::info!(module = %layer, loss, rtn_loss, ?damp, "quantised");
                 self.layers.push(summary.clone());
-                self.store.put(Finished { packed, summary })?;
+                self.store.put(Finished { packed, scales: result.scales, summary: summary.clone() })?;
                 let done = match Stage::of(layer.module) {
                     Some(stage) => stage as usize as f64 + 1.0,
                     None => PARTS as f64,
                 };
-                self.reporter.tell((layer.layer, done), &[layer.module], QuantizePhase::Quantized, loss)?;
+                self.reporter.finished((layer.layer, done), &summary)?;
             }
         }
         Ok(weights.into_iter().flatten().collect())
     }
+}
+
+/// A Hessian, and how long its inputs took.
+struct Moments {
+    hessian: Hessian,
+    calibration: Duration,
 }
 
 /// Second moments of the inputs that some layers share.
@@ -322,6 +350,7 @@ struct Sums {
     module: Layer,
     with_reference: bool,
     accumulator: HessianAccumulator,
+    start: Instant,
 }
 
 impl Sums {
@@ -334,10 +363,10 @@ impl Sums {
         .map_err(|source| LlamaError::Quantize { module: self.module.to_string(), source })
     }
 
-    fn finish(self) -> Result<Hessian, LlamaError> {
-        let module = self.module;
-        self.accumulator
-            .finish()
-            .map_err(|source| LlamaError::Quantize { module: module.to_string(), source })
+    fn finish(self) -> Result<Moments, LlamaError> {
+        let Self { module, accumulator, start, .. } = self;
+        let failed = |source| LlamaError::Quantize { module: module.to_string(), source };
+        let hessian = accumulator.finish().map_err(failed)?;
+        Ok(Moments { hessian, calibration: start.elapsed() })
     }
 }

@@ -1,13 +1,19 @@
+use std::{collections::HashMap, sync::mpsc::SyncSender};
+
 use gptq_format::PackedLinear;
 use ndarray::Array2;
 
-use super::{LayerSink, LayerSummary};
+use super::{LayerSink, LayerSummary, journal::Records};
 use crate::{Layer, LlamaError};
 
 /// Where finished layers go, and where those of an earlier run come from.
 pub(super) trait Store {
-    /// Such a layer's weight as the forward pass needs it; `None` if it turns out that it has to be quantised again.
-    fn recover(&mut self, layer: Layer) -> Result<Option<Recovered>, LlamaError>;
+    /// The summary of a layer that an earlier run has finished.
+    fn finished(&self, layer: Layer) -> Option<&LayerSummary>;
+
+    /// Such a layer's weight as the forward pass needs it, `(out_features, in_features)`: dequantised with scales in
+    /// float32.
+    fn weight(&mut self, layer: Layer) -> Result<Option<Array2<f32>>, LlamaError>;
 
     /// Takes a finished layer.
     fn put(&mut self, finished: Finished) -> Result<(), LlamaError>;
@@ -16,13 +22,8 @@ pub(super) trait Store {
 /// A quantised layer.
 pub(super) struct Finished {
     pub(super) packed: PackedLinear,
-    pub(super) summary: LayerSummary,
-}
-
-/// A layer that an earlier run has quantised.
-pub(super) struct Recovered {
-    /// Dequantised with scales in float32, `(out_features, in_features)`.
-    pub(super) weight: Array2<f32>,
+    /// As the solver has them, `(out_features, groups)`; the packed ones are rounded to half precision.
+    pub(super) scales: Array2<f32>,
     pub(super) summary: LayerSummary,
 }
 
@@ -30,11 +31,37 @@ pub(super) struct Recovered {
 pub(super) struct Forward<'a, 's>(pub(super) &'a mut LayerSink<'s>);
 
 impl Store for Forward<'_, '_> {
-    fn recover(&mut self, _: Layer) -> Result<Option<Recovered>, LlamaError> {
+    fn finished(&self, _: Layer) -> Option<&LayerSummary> {
+        None
+    }
+
+    fn weight(&mut self, _: Layer) -> Result<Option<Array2<f32>>, LlamaError> {
         Ok(None)
     }
 
     fn put(&mut self, finished: Finished) -> Result<(), LlamaError> {
         (self.0)(finished.summary.layer, finished.packed)
+    }
+}
+
+/// Hands layers to the thread that writes them, and has those of the run before.
+pub(super) struct Resumed {
+    pub(super) before: HashMap<Layer, LayerSummary>,
+    pub(super) records: Records,
+    pub(super) writer: SyncSender<Finished>,
+}
+
+impl Store for Resumed {
+    fn finished(&self, layer: Layer) -> Option<&LayerSummary> {
+        self.before.get(&layer)
+    }
+
+    fn weight(&mut self, layer: Layer) -> Result<Option<Array2<f32>>, LlamaError> {
+        if self.before.contains_key(&layer) { self.records.weight(layer).map(Some) } else { Ok(None) }
+    }
+
+    fn put(&mut self, finished: Finished) -> Result<(), LlamaError> {
+        // The writer ends early only with an error of its own, which goes before this one.
+        self.writer.send(finished).map_err(|_| LlamaError::Cancelled)
     }
 }
