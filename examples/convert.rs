@@ -103,6 +103,9 @@ fn convert(args: &Args) -> Result<(), Failure> {
     }
     let summary = writer.finish()?;
     let files = summary.weights.len();
+    for key in &summary.left_out {
+        println!("note: `{key}` of the config held calibration data, which was left out");
+    }
     println!("{layers} layers, {} tensors, {} bytes in {files} files", summary.tensors, summary.tensor_bytes);
     Ok(())
 }

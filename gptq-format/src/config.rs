@@ -6,6 +6,7 @@ use crate::folder::{Folder, MAX_CONFIG, read_json};
 use crate::{Bits, FormatError};
 
 mod builder;
+mod calibration;
 mod dynamic;
 #[cfg(test)]
 mod tests;
@@ -286,6 +287,17 @@ impl QuantizeConfig {
         &self.fields
     }
 
+    /// The same config without calibration data, and the keys that held some: transformers stores the texts themselves under
+    /// `dataset`. A dataset's name stays if it is one word, and so do numbers. [`CheckpointWriter`] does this with every
+    /// config.
+    ///
+    /// [`CheckpointWriter`]: crate::CheckpointWriter
+    pub fn without_calibration_data(&self) -> (Self, Vec<String>) {
+        let mut config = self.clone();
+        let removed = calibration::strip(&mut config.fields);
+        (config, removed)
+    }
+
     /// The same config for another layout: what a converter writes. Markers of the old layout disappear.
     pub fn with_checkpoint_format(&self, format: CheckpointFormat) -> Self {
         let mut config = self.clone();
@@ -359,10 +371,12 @@ fn shorten(value: &Value) -> String {
     match value {
         Value::Array(_) => "an array".into(),
         Value::Object(_) => "an object".into(),
-        other => {
-            let text = other.to_string();
-            let end = text.char_indices().nth(80).map_or(text.len(), |(at, _)| at);
-            text[..end].into()
-        }
+        Value::String(text) => Value::from(shorten_text(text)).to_string(),
+        other => other.to_string(),
     }
+}
+
+/// The beginning of a text.
+fn shorten_text(text: &str) -> String {
+    text.chars().take(80).collect()
 }

@@ -56,6 +56,8 @@ pub struct CheckpointWriter {
     names: HashSet<String>,
     /// `config.json` of the model, without what this writer adds.
     model_config: Option<Map<String, Value>>,
+    /// Keys of the config that held calibration data.
+    left_out: Vec<String>,
     carried: BTreeMap<String, PathBuf>,
 }
 
@@ -89,13 +91,16 @@ pub struct WriteSummary {
     pub tensors: usize,
     /// Bytes of all tensors.
     pub tensor_bytes: u64,
+    /// Keys of the config that held calibration data and were left out, such as `dataset`.
+    pub left_out: Vec<String>,
 }
 
 impl CheckpointWriter {
     /// Starts a checkpoint in `dir`, which is created if need be. `config` is that of the quantised layers, `None` for a
     /// model without any.
     ///
-    /// A config without `checkpoint_format` gets `gptq` if it is symmetric and `gptq_v2` otherwise.
+    /// A config without `checkpoint_format` gets `gptq` if it is symmetric and `gptq_v2` otherwise. Calibration data in it
+    /// are [left out](QuantizeConfig::without_calibration_data).
     ///
     /// # Errors
     /// [`FormatError::Io`], and [`FormatError::Busy`] if another process writes to the folder.
@@ -110,6 +115,13 @@ impl CheckpointWriter {
             None if config.sym() => config.with_checkpoint_format(CheckpointFormat::Gptq),
             None => config.with_checkpoint_format(CheckpointFormat::GptqV2),
         });
+        let (config, left_out) = match config.map(|config| config.without_calibration_data()) {
+            Some((config, left_out)) => (Some(config), left_out),
+            None => (None, Vec::new()),
+        };
+        if !left_out.is_empty() {
+            tracing::warn!(keys = left_out.join(", "), "calibration data in the config, left out");
+        }
         let shard = Shard::create(staging.path().join(shard_file(0)));
         Ok(Self {
             staging,
@@ -119,6 +131,7 @@ impl CheckpointWriter {
             shards: Vec::new(),
             names: HashSet::new(),
             model_config: None,
+            left_out,
             carried: BTreeMap::new(),
         })
     }
@@ -210,7 +223,9 @@ impl CheckpointWriter {
         if self.shards.is_empty() || !self.shard.is_empty() {
             self.next_shard()?;
         }
-        let mut summary = WriteSummary { weights: Vec::new(), tensors: self.names.len(), tensor_bytes: 0 };
+        let left_out = std::mem::take(&mut self.left_out);
+        let mut summary =
+            WriteSummary { weights: Vec::new(), tensors: self.names.len(), tensor_bytes: 0, left_out };
         let count = self.shards.len();
         let mut weight_map = BTreeMap::new();
         let mut weights = Vec::new();

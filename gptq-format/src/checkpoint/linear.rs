@@ -47,8 +47,11 @@ impl Checkpoint {
     /// The names of all quantised layers, in the order of [`names`](Self::names).
     pub fn linears(&self) -> impl Iterator<Item = &str> {
         let is_marlin = self.is_marlin();
-        self.names().filter_map(move |name| {
-            name.strip_suffix(".qweight").or_else(|| name.strip_suffix(".B").filter(|_| is_marlin))
+        let has_tiles = move |prefix: &str| is_marlin && self.get(&format!("{prefix}.B")).is_some();
+        self.names().filter_map(move |name| match name.strip_suffix(".qweight") {
+            // What has both is one layer.
+            Some(prefix) => Some(prefix).filter(|prefix| !has_tiles(prefix)),
+            None => name.strip_suffix(".B").filter(|_| is_marlin),
         })
     }
 

@@ -1,10 +1,22 @@
+use std::collections::HashSet;
 use std::fmt;
 
-use regex_lite::Regex;
+use regex_lite::{Regex, RegexBuilder};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::{ConfigError, ModuleConfig, invalid};
+use super::{ConfigError, ModuleConfig, invalid, shorten_text};
+
+/// Real configs have a rule for each module at most; models have some ten thousand.
+const MAX_RULES: usize = 1 << 16;
+/// Repetitions let a pattern of some bytes become megabytes when it is compiled. Most patterns stay below this,
+const PLAIN_SIZE: usize = 1 << 10;
+/// with this for each of their bytes.
+const PLAIN_SIZE_OF_BYTE: usize = 128;
+/// Those that do not may be so large,
+const LARGE_SIZE: usize = 1 << 18;
+/// and so many. Together these bound the memory of all rules by a multiple of the file's size.
+const MAX_LARGE: usize = 64;
 
 /// The rules of `dynamic`, in their order: settings of single layers, by the names of the layers.
 ///
@@ -49,11 +61,18 @@ impl DynamicRules {
         entries: impl IntoIterator<Item = (&'a str, &'a Value)>,
     ) -> Result<Self, ConfigError> {
         let mut rules: Vec<DynamicRule> = Vec::new();
+        let mut keys = HashSet::new();
+        let mut large = 0;
         for (key, value) in entries {
-            if rules.iter().any(|rule| rule.key == key) {
-                return Err(ConfigError::Pattern { pattern: key.into(), reason: "it stands twice".into() });
+            if rules.len() == MAX_RULES {
+                let (key, value) = ("dynamic".into(), format!("more than {MAX_RULES} rules"));
+                return Err(ConfigError::Value { key, value, expected: "fewer" });
             }
-            rules.push(DynamicRule::new(key, value)?);
+            if !keys.insert(key) {
+                let (pattern, reason) = (shorten_text(key), "it stands twice".into());
+                return Err(ConfigError::Pattern { pattern, reason });
+            }
+            rules.push(DynamicRule::new(key, value, &mut large)?);
         }
         Ok(Self(rules))
     }
@@ -98,25 +117,40 @@ impl<'de> Visitor<'de> for Entries {
     }
 }
 
+/// Compiles a pattern within bounded memory; `large` counts those that needed much.
+fn compile(pattern: &str, large: &mut usize) -> Result<Regex, ConfigError> {
+    // The tools use Python's `re.match`, which anchors at the start only.
+    let anchored = format!("^(?:{pattern})");
+    let build = |limit| RegexBuilder::new(&anchored).size_limit(limit).build();
+    if let Ok(regex) = build(PLAIN_SIZE + PLAIN_SIZE_OF_BYTE * pattern.len()) {
+        return Ok(regex);
+    }
+    let error = |reason| ConfigError::Pattern { pattern: shorten_text(pattern), reason };
+    if *large == MAX_LARGE {
+        return Err(error(format!("not a regular expression, or the {MAX_LARGE} before it repeat too much")));
+    }
+    *large += 1;
+    build(LARGE_SIZE).map_err(|reason| error(reason.to_string()))
+}
+
 impl DynamicRule {
-    fn new(key: &str, value: &Value) -> Result<Self, ConfigError> {
+    fn new(key: &str, value: &Value, large: &mut usize) -> Result<Self, ConfigError> {
         let (skip, pattern) = match key.split_at_checked(2) {
             Some(("-:", pattern)) => (true, pattern),
             Some(("+:", pattern)) => (false, pattern),
             _ => (false, key),
         };
-        // The tools use Python's `re.match`, which anchors at the start only.
-        let regex = Regex::new(&format!("^(?:{pattern})"))
-            .map_err(|error| ConfigError::Pattern { pattern: pattern.into(), reason: error.to_string() })?;
+        let regex = compile(pattern, large)?;
+        let name = shorten_text(key);
         let overrides = match value {
             _ if skip => None,
             Value::Object(overrides) => Some(overrides.clone()),
-            other => return Err(invalid(&format!("dynamic[{key:?}]"), other, "an object")),
+            other => return Err(invalid(&format!("dynamic[{name:?}]"), other, "an object")),
         };
         let rule = Self { key: key.into(), regex, overrides };
         if let Some(overrides) = &rule.overrides {
             // Bad values are an error when the config is read, not when a layer matches.
-            ModuleConfig::PROBE.apply_rule(&format!("dynamic[{key:?}]."), overrides)?;
+            ModuleConfig::PROBE.apply_rule(&format!("dynamic[{name:?}]."), overrides)?;
         }
         Ok(rule)
     }

@@ -72,8 +72,31 @@ fn json_bombs_are_refused() {
     assert!(parse(&format!(r#"{{"bits": 4, "x": {}"#, r#"{"a":"#.repeat(1 << 18))).is_err());
     let repetition = r#"{"bits": 4, "dynamic": {"-:((((a{1000}){1000}){1000}){1000})": {}}}"#;
     assert!(matches!(parse(repetition), Err(ConfigError::Pattern { .. })));
+    // Each of these compiles to some megabytes if one lets it.
+    let rules: Vec<String> = (0..100).map(|k| format!(r#""-:{k}(a{{99}}){{99}}": {{}}"#)).collect();
+    let many = format!(r#"{{"bits": 4, "dynamic": {{{}}}}}"#, rules.join(","));
+    assert!(matches!(parse(&many), Err(ConfigError::Pattern { .. })));
+    let rules: Vec<String> = (0..100).map(|k| format!(r#""-:{k}(ab{{9}}){{9}}": {{}}"#)).collect();
+    let many = format!(r#"{{"bits": 4, "dynamic": {{{}}}}}"#, rules.join(","));
+    assert!(matches!(parse(&many), Err(ConfigError::Pattern { .. })));
+    let rules: Vec<String> = (0..70_000).map(|k| format!(r#""-:{k}": {{}}"#)).collect();
+    let many = format!(r#"{{"bits": 4, "dynamic": {{{}}}}}"#, rules.join(","));
+    assert!(parse(&many).expect_err("too many").to_string().contains("more than 65536 rules"));
     let long = parse(&format!(r#"{{"bits": "{}"}}"#, "4".repeat(1 << 20))).expect_err("a long value");
     assert!(long.to_string().len() < 200);
+}
+
+/// A rule for each expert of each layer, and the patterns that tools' documentation shows.
+#[test]
+fn many_rules_and_rich_patterns_are_read() {
+    let rules: Vec<String> = (0..20_000)
+        .map(|k| format!(r#""+:^model\\.layers\\.{k}\\.mlp\\.down_proj$": {{"bits": 8}}"#))
+        .collect();
+    let config = good(&format!(r#"{{"bits": 4, "dynamic": {{{}}}}}"#, rules.join(",")));
+    assert_eq!(config.module("model.layers.19999.mlp.down_proj").map(|module| module.bits), Some(Bits::B8));
+    let rich = r#"{"bits": 4, "dynamic": {"+:.*\\.(?:1[0-9]|2[0-7])\\..*(?:gate|up)_proj": {"bits": 8},
+        "-:model\\.layers\\.(0|[3-9]|1\\d{1,2})\\.self_attn\\.(?i)[QK]_proj\\b": {}, "\\w{3,20}\\.x": {"bits": 3}}}"#;
+    assert_eq!(good(rich).module("model.layers.3.self_attn.q_proj"), None);
 }
 
 #[test]

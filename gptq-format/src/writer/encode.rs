@@ -30,6 +30,11 @@ pub(super) fn fields(
     let out_features = linear.out_features();
     let mut qweight = linear.qweight().to_vec();
     let mut qzeros = linear.qzeros().to_vec();
+    if linear.groups() > 1 && linear.g_idx().iter().all(|&group| group == 0) {
+        return Err(refuse(Unwritable::Needs(
+            "no g_idx of zeros alone where there are several groups: readers ignore it",
+        )));
+    }
     if linear.bits().is_planar_only() && format != CheckpointFormat::Planar {
         return Err(refuse(Unwritable::Needs("2, 3, 4 or 8 bits; write gptq_p")));
     }

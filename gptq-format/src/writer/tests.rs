@@ -367,3 +367,49 @@ fn five_bits_are_written_as_planes_only() {
         assert!(matches!(error, FormatError::Unwritable { reason: Unwritable::Needs(_), .. }), "{error}");
     }
 }
+
+/// Such a file is what old tools wrote for "no act-order", and every reader takes it for that.
+#[test]
+fn g_idx_of_zeros_alone_is_refused() {
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let codes = CodesRef {
+        bits: Bits::B4,
+        group_size: 32,
+        in_features: 64,
+        out_features: 8,
+        codes: &[1; 64 * 8],
+        zeros: &[8; 16],
+        scales: &[0.5; 16],
+        g_idx: &[0; 64],
+        bias: None,
+    };
+    let linear = PackedLinear::pack(&codes).expect("valid");
+    let config = QuantizeConfig::builder(Bits::B4, Some(32)).desc_act(true).build().expect("valid");
+    let mut writer =
+        CheckpointWriter::create(dir.path(), Some(&config), WriteOptions::default()).expect("starts");
+    let error = writer.linear("x", &linear).expect_err("would be read in natural order");
+    assert!(matches!(error, FormatError::Unwritable { reason: Unwritable::Needs(_), .. }), "{error}");
+}
+
+#[test]
+fn calibration_texts_are_not_published() {
+    let source = tempfile::tempdir().expect("temporary folder");
+    let quantization =
+        r#"{"bits": 4, "group_size": 32, "dataset": ["A private letter.", "Another."], "batch_size": 1}"#;
+    let model = format!(r#"{{"hidden_size": 64, "quantization_config": {quantization}}}"#);
+    fs::write(source.path().join("config.json"), model).expect("writes");
+    let config = QuantizeConfig::from_dir(source.path()).expect("reads").expect("quantised");
+    let dir = tempfile::tempdir().expect("temporary folder");
+    let mut writer =
+        CheckpointWriter::create(dir.path(), Some(&config), WriteOptions::default()).expect("starts");
+    writer.carry_over(source.path()).expect("carries over");
+    writer.linear("x", &layer(0)).expect("writes");
+    let summary = writer.finish().expect("finishes");
+    assert_eq!(summary.left_out, ["dataset"]);
+    for name in names(dir.path()) {
+        let bytes = fs::read(dir.path().join(&name)).expect("reads");
+        assert!(!bytes.windows(7).any(|window| window == b"private"), "{name}");
+    }
+    let written = QuantizeConfig::from_dir(dir.path()).expect("reads").expect("quantised");
+    assert_eq!((written.get("dataset"), written.get("batch_size").as_deref()), (None, Some("1")));
+}

@@ -197,6 +197,19 @@ fn marlin_checkpoint_by_its_old_marker() {
     assert_eq!((linear.in_features(), linear.out_features(), linear.groups()), (256, 256, 2));
 }
 
+#[test]
+fn layer_with_tiles_and_ordinary_codes_is_one() {
+    let tensors = [
+        raw("x.qweight", Dtype::I32, &[8, 8], &[0u32; 64]),
+        raw("x.B", Dtype::I32, &[16, 512], &[0x9999_9999u32; 8192]),
+        raw("x.s", Dtype::F16, &[2, 256], &[f16::from_f32(0.5); 512]),
+    ];
+    let dir = folder(r#"{"bits": 4, "group_size": 128, "checkpoint_format": "marlin"}"#, &tensors);
+    let checkpoint = Checkpoint::open(dir.path()).expect("opens");
+    assert_eq!(checkpoint.linears().collect::<Vec<_>>(), ["x"]);
+    assert!(is_half(&checkpoint.linear("x").expect("reads")));
+}
+
 /// The same layer as in words of 32 bits: `pack_dtype` int8, int16 and int64.
 #[test]
 fn words_of_any_size() {
