@@ -1,7 +1,11 @@
 //! A writer killed at any moment leaves a folder that opens as the old checkpoint or the new one, never as a mixture.
+//!
+//! `cargo test -p gptq-format --test kill -- --nocapture` prints where the kills fell.
+#![allow(clippy::print_stdout, reason = "says what was tested")]
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use gptq_format::{
@@ -9,6 +13,8 @@ use gptq_format::{
 };
 
 const FOLDER: &str = "GPTQ_FORMAT_KILL_TEST_FOLDER";
+const BEGIN: &str = "begins to save";
+const KILLS: u32 = 50;
 const LAYERS: u32 = 6;
 
 /// Generation `n`: its layout, its config and every one of its tensors depend on `n`.
@@ -62,46 +68,88 @@ fn read(dir: &Path) -> u32 {
     generation
 }
 
-/// The process that is killed: writes one generation after the other. Does nothing when it is run as an ordinary test.
+/// The process that is killed: says that it begins, saves the next generation over the one that is there, and waits for its
+/// end. Does nothing when it is run as an ordinary test.
 #[test]
-fn child_that_writes_until_it_is_killed() {
+fn child_that_saves_until_it_is_killed() {
     let Some(dir) = std::env::var_os(FOLDER) else { return };
-    let dir = Path::new(&dir);
-    let first = read(dir);
-    for generation in first + 1..first + 10_000 {
-        write(dir, generation % 1000);
+    let next = read(Path::new(&dir)) + 1;
+    println!("{BEGIN}");
+    write(Path::new(&dir), next);
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+/// The child, which has just begun to save.
+fn saving(dir: &Path) -> Child {
+    let mut child = Command::new(std::env::current_exe().expect("the test program"))
+        .args(["--exact", "child_that_saves_until_it_is_killed", "--test-threads", "1", "--nocapture"])
+        .env(FOLDER, dir)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("starts");
+    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+    // The test harness may have begun the line.
+    assert!(lines.any(|line| line.expect("text").ends_with(BEGIN)), "the child begins");
+    child
+}
+
+/// Waits for a file or folder that the child makes; a save that is already over will not make it.
+fn wait_for(path: &Path, at_most: Duration) {
+    let start = Instant::now();
+    while !path.exists() && start.elapsed() < at_most {
+        std::hint::spin_loop();
     }
 }
 
 #[test]
-fn folder_opens_as_old_or_new_after_every_kill() {
+fn folder_opens_as_old_or_new_after_each_of_fifty_kills() {
     let dir = tempfile::tempdir().expect("temporary folder");
+    let (staging, committed) = (dir.path().join(".gptq-staging"), dir.path().join(".gptq-committed"));
     write(dir.path(), 0);
     // How long one save takes here, so that the kills fall into saves on a fast disk as on a slow one.
     let start = Instant::now();
     write(dir.path(), 1);
     let save = start.elapsed();
-    let mut generations = vec![read(dir.path())];
-    for kill in 0..25u32 {
-        let mut child = Command::new(std::env::current_exe().expect("the test program"))
-            .args(["--exact", "child_that_writes_until_it_is_killed", "--test-threads", "1"])
-            .env(FOLDER, dir.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("starts");
-        // Its start takes some milliseconds; then moments spread over several saves, by the golden ratio.
+    let (mut old, mut new, mut while_staging, mut while_moving) = (0, 0, 0, 0);
+    for kill in 0..KILLS {
+        let before = read(dir.path());
+        // What the last kill left is not what this one leaves, until the child has cleared it away.
+        let leftover = committed.exists();
+        let mut child = saving(dir.path());
+        // Moments by the golden ratio, which spreads them evenly: over the whole save and a little more, or, since some
+        // phases are short, from the beginning of one.
         let moment = f64::from(kill) * 0.618_034 % 1.0;
-        std::thread::sleep(
-            Duration::from_millis(10) + save.mul_f64(4.0 * moment).min(Duration::from_secs(1)),
-        );
-        assert!(child.try_wait().expect("asks").is_none(), "the child ended by itself");
+        match kill % 5 {
+            3 => {
+                wait_for(&staging.join("quantize_config.json"), 4 * save);
+                std::thread::sleep(save.mul_f64(0.2 * moment));
+            }
+            4 => {
+                wait_for(&committed, 4 * save);
+                std::thread::sleep(save.mul_f64(0.1 * moment));
+            }
+            _ => std::thread::sleep(save.mul_f64(1.2 * moment)),
+        }
         child.kill().expect("kills");
         child.wait().expect("waits");
-        generations.push(read(dir.path()));
+
+        let after = read(dir.path());
+        assert!(after == before || after == before + 1, "generation {after} after {before}");
+        let is_new = after == before + 1;
+        assert!(is_new || leftover || !committed.exists(), "a commit is the new checkpoint");
+        assert!(!is_new || !staging.exists(), "what is staged is not the new checkpoint yet");
+        old += u32::from(!is_new);
+        new += u32::from(is_new);
+        while_staging += u32::from(!is_new && staging.exists());
+        while_moving += u32::from(is_new && committed.exists());
     }
-    generations.dedup();
-    assert!(generations.len() > 5, "the kills came before anything was written: {generations:?}");
+    println!(
+        "{KILLS} kills in saves of {} ms: {old} left the old checkpoint ({while_staging} while files were prepared), {new} the \
+         new one ({while_moving} while they were moved)",
+        save.as_millis()
+    );
+    assert!(old > 0 && new > 0, "{old} old, {new} new: the kills were all at one end");
     // What the last kill left is completed or removed by the next save.
     write(dir.path(), 1000);
     assert_eq!(read(dir.path()), 1000);
