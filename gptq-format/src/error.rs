@@ -162,8 +162,9 @@ pub enum FormatError {
     },
     /// Zero points stored as floats, as tools before AutoGPTQ wrote them.
     #[error(
-        "{}: `{tensor}` is the float zero point of a format older than AutoGPTQ: quantise the model again, or convert it \
-         with the GPTQ-for-LLaMa version that wrote it",
+        "{}: `{tensor}` is the float zero point of a format older than AutoGPTQ. Quantise the model again, or convert the \
+         layer: GPTQ-for-LLaMa stored the zero point times the scale, so `qzeros` is round(zeros / scales) - 1 in the config's \
+         bits, packed along the outputs into int32 (groups, outputs * bits / 32), and `scales` is float16 (groups, outputs)",
         path.display()
     )]
     FloatZeros {

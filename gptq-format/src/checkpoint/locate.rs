@@ -31,6 +31,9 @@ struct Index {
 
 impl Weights {
     pub(super) fn of_file(path: &Path) -> Result<Self, FormatError> {
+        if is_pickle(&path.to_string_lossy()) {
+            return Err(FormatError::Pickle { path: path.to_owned() });
+        }
         let mut weights = Self::default();
         weights.add(TensorFile::open(path)?);
         Ok(weights)
@@ -139,10 +142,14 @@ pub(crate) fn find(folder: &Folder, config: Option<&QuantizeConfig>) -> Result<E
     if let Some((_, entry)) = candidates.pop() {
         return Ok(entry);
     }
-    match names.iter().find(|name| PICKLES.iter().any(|ending| name.ends_with(ending))) {
+    match names.iter().find(|name| is_pickle(name)) {
         Some(pickle) => Err(FormatError::Pickle { path: folder.dir().join(pickle) }),
         None => Err(FormatError::NoCheckpoint { dir: folder.dir().to_owned() }),
     }
+}
+
+fn is_pickle(name: &str) -> bool {
+    PICKLES.iter().any(|ending| name.ends_with(ending))
 }
 
 /// The indexes among these names, or without any the safetensors files.

@@ -122,6 +122,13 @@ fn folder_without_a_model() {
     fs::write(dir.path().join("pytorch_model.bin"), b"").expect("writes");
     let error = Checkpoint::open(dir.path()).expect_err("pickled");
     assert!(matches!(error, FormatError::Pickle { .. }) && error.to_string().contains("save_file"));
+    for name in ["llama-7b-4bit-128g.pt", "x.pth", "x.ckpt", "pytorch_model.bin"] {
+        let path = dir.path().join(name);
+        fs::write(&path, b"PK\x03\x04").expect("writes");
+        let error = Checkpoint::open(&path).expect_err("pickled");
+        assert!(matches!(&error, FormatError::Pickle { path: p } if *p == path), "{error}");
+        assert!(error.to_string().contains("save_file"), "{error}");
+    }
     for name in ["a.safetensors", "b.safetensors"] {
         fs::write(dir.path().join(name), b"").expect("writes");
     }
@@ -255,6 +262,8 @@ fn float_zeros_of_old_tools() {
     let zeros = raw("x.zeros", Dtype::F32, &[8, 2], &[0f32; 16]);
     let error = refuse(CONFIG, &layer_with(vec![zeros], &["x.qzeros"]));
     assert!(matches!(&error, FormatError::FloatZeros { tensor, .. } if tensor == "x.zeros"), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("model.safetensors") && text.contains("round(zeros / scales) - 1"), "{text}");
 }
 
 #[test]
