@@ -16,7 +16,7 @@ fn fixtures() -> Option<PathBuf> {
 }
 
 /// Quantised checkpoints, with the zero convention that each was written with.
-const CHECKPOINTS: [(&str, ZeroConvention); 13] = [
+const CHECKPOINTS: [(&str, ZeroConvention); 20] = [
     ("ag_desc_actTrue", ZeroConvention::V1),
     ("ag_g32", ZeroConvention::V1),
     ("b2_g32", ZeroConvention::V1WholeWord),
@@ -29,6 +29,13 @@ const CHECKPOINTS: [(&str, ZeroConvention); 13] = [
     ("g32_dyn", ZeroConvention::V1WholeWord),
     ("g32_plain", ZeroConvention::V1WholeWord),
     ("gm1_plain", ZeroConvention::V1WholeWord),
+    ("gm_asym_v1", ZeroConvention::V1WholeWord),
+    ("gm_head8", ZeroConvention::V1WholeWord),
+    ("gm_p3_g32", ZeroConvention::V2),
+    ("gm_p4_dyn5", ZeroConvention::V2),
+    ("gm_p5_g32", ZeroConvention::V2),
+    ("gm_p6_g64_asym", ZeroConvention::V2),
+    ("gm_p7_act", ZeroConvention::V2),
     ("min0", ZeroConvention::V1),
 ];
 
@@ -48,7 +55,13 @@ fn weights_are_within_a_step_of_the_source() {
         assert!(!evidence.contradicts_label, "{name}: {evidence}");
         assert_ne!(evidence.basis, ZeroBasis::Default, "{name}: {evidence}");
         let prefixes: Vec<&str> = checkpoint.linears().collect();
-        assert_eq!(prefixes.len(), if name == "g32_dyn" { 12 } else { 14 }, "{name}");
+        let expected = match name {
+            "g32_dyn" => 12,
+            "gm_p4_dyn5" => 13,
+            "gm_head8" => 15,
+            _ => 14,
+        };
+        assert_eq!(prefixes.len(), expected, "{name}");
         for prefix in prefixes {
             let linear = checkpoint.linear(prefix).unwrap_or_else(|error| panic!("{name}: {error}"));
             let original = source.tensor(&format!("{prefix}.weight")).expect("same model");
