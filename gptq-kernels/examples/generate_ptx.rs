@@ -21,7 +21,7 @@ const HALVES: [(&str, &str); 2] = [("f16", "Fp16"), ("bf16", "Bf16")];
 fn families() -> Vec<Family> {
     let mut plain = Vec::new();
     let mut gemv = Vec::new();
-    let mut dense = Vec::new();
+    let (mut dense, mut dense90) = (Vec::new(), Vec::new());
     for (half, class) in HALVES {
         let half_macro = format!("-DIMAGE_HALF={class}");
         for bits in [2, 3, 4, 8] {
@@ -33,8 +33,11 @@ fn families() -> Vec<Family> {
         for (weight, class, bits) in [("f16", "Fp16", "u16"), ("bf16", "Bf16", "u16"), ("f32", "Fp32", "u32")]
         {
             let weight_macros = [format!("-DIMAGE_WEIGHT={class}"), format!("-DIMAGE_WEIGHT_BITS={bits}")];
-            let macros = [half_macro.clone()].into_iter().chain(weight_macros);
-            dense.push((format!("dense-{half}-{weight}"), macros.collect()));
+            let macros: Vec<_> = [half_macro.clone()].into_iter().chain(weight_macros).collect();
+            if half == weight {
+                dense90.push((format!("dense90-{half}"), macros.clone()));
+            }
+            dense.push((format!("dense-{half}-{weight}"), macros));
         }
         for group in [128, 64, 32] {
             for (zero, asym) in [("sym", false), ("asym", true)] {
@@ -47,6 +50,7 @@ fn families() -> Vec<Family> {
     vec![
         Family { name: "plain", source: "plain.cu", arch: "compute_80", images: plain },
         Family { name: "dense", source: "dense.cu", arch: "compute_80", images: dense },
+        Family { name: "dense90", source: "dense.cu", arch: "compute_90", images: dense90 },
         Family { name: "gemv", source: "gemv_sm90.cu", arch: "compute_90", images: gemv },
     ]
 }

@@ -6,6 +6,22 @@
 //!
 //! Nothing is ever rounded to another type: weights of the activations' type go to tensor cores, others are multiplied one
 //! by one as they are, by `cuda-dense` alone.
+//!
+//! # How it came to be
+//!
+//! Microseconds on an H200 for one row and 4096 x 4096 / 4096 x 11008 / 11008 x 4096 / 8192 x 28672 / 4096 x 32000, fp16, in a CUDA
+//! graph over rotated weights. What bytes alone cost at 4.3 TB/s is 7.8 / 21.0 / 21.0 / 109 / 61; cuBLAS takes 12.8 / 24.8 / 27.0 / 108
+//! to 118 / 64 to 67.
+//!
+//! | version | time | expected, and what happened |
+//! |---|---|---|
+//! | a block for 16 features; a lane loads 16 bytes of each of two rows to registers, 128 bytes of a row a warp | 11.3 / 26.5 / 25.8 / 124 / 74 | 61 for the last; 74 registers, 3 blocks an SM, and their last wave is short |
+//! | ranges of features for 2 blocks an SM, a ring of 6 stages of `cp.async` that goes on from one 16 features to the next; a lane copies what it uses | 12.3 / 27.2 / 27.5 / 133 / 76 | 9 / 22 / 22 / 112 / 63; slower, though nothing waits: memory does not like 128 bytes of each of 16 rows |
+//! | the same, beginning while the kernel before ends | 10.2 / 23.8 / 24.9 / 128 / 73 | -2 us each; yes, where there are few rounds |
+//! | a warp copies 512 bytes of one row at a time, 1 KB of a row in a stage, a barrier of the block for each stage | 9.8 / 22.5 / 23.7 / 111 / 63 | 9 / 22 / 22 / 112 / 63 |
+//!
+//! 72 registers, no spills. Eight rows cost 10.7 / 25.0 / 26.4 / 122 / 67, because x is read through the first-level cache, of
+//! which the ring leaves little.
 
 use std::{
     marker::PhantomData,
@@ -30,11 +46,16 @@ use crate::{
 pub(super) const NAME: &str = "cuda-dense";
 pub(super) const CUBLAS_NAME: &str = "cuda-cublas";
 
-/// Threads, output features and rows of a block, and what rows of the weight are padded to; as in `dense.cu`.
+/// Warps of a block, rows of one pass, and what rows of the weight are padded to; as in `dense.cu`.
 const WARPS: usize = 8;
-const FEATURES: usize = 16;
 const ROWS: usize = 8;
 const STEP: usize = 64;
+/// Bytes of a stage in shared memory, and their number in images for Hopper and in others.
+const STAGE: usize = 16 * (WARPS * STEP * 2 + 64);
+const STAGES_HOPPER: usize = 6;
+const STAGES: usize = 4;
+/// Blocks that share a multiprocessor.
+const BLOCKS: usize = 2;
 
 /// A grid has at most that many blocks along y.
 const MOST_BLOCKS: usize = 65535;
@@ -109,6 +130,8 @@ struct DenseLinear<T> {
     spec: LinearSpec,
     name: &'static str,
     multiply: Function,
+    /// Of [`multiply`](Self::multiply) for one pass.
+    shape: Launch,
     add_bias: Function,
     weight: Resident,
     bias: Resident,
@@ -153,10 +176,18 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
             DenseData::F16(data) => (f16::NAME, Resident::new(stream, &padded(data, k, k_stride))?),
             DenseData::Bf16(data) => (bf16::NAME, Resident::new(stream, &padded(data, k, k_stride))?),
         };
-        let image = format!("dense-{}-{dtype}", T::NAME);
-        let scratch = if self.device.compute_capability() >= (9, 0) { SCRATCH_HOPPER } else { SCRATCH };
+        let hopper = self.device.compute_capability() >= (9, 0);
+        let tensor = dtype == T::NAME;
+        let image =
+            if hopper && tensor { format!("dense90-{dtype}") } else { format!("dense-{}-{dtype}", T::NAME) };
+        let stages = if hopper { STAGES_HOPPER } else { STAGES };
+        let shared = if tensor { stages * STAGE } else { 0 };
+        let blocks = spec.out_features.min(self.device.multiprocessors() as usize * BLOCKS);
+        let scratch = if hopper { SCRATCH_HOPPER } else { SCRATCH };
         Ok(Box::new(DenseLinear {
-            multiply: images.function(&image, "dense", 0)?,
+            multiply: images.function(&image, "dense", shared)?,
+            // Only images for Hopper wait by themselves.
+            shape: Launch { shared, programmatic: hopper && tensor, ..grid((1, blocks), WARPS * 32) },
             add_bias: images.function(&image, "add_bias", 0)?,
             weight: resident,
             bias: Resident::new::<f32>(stream, weight.bias.unwrap_or_default())?,
@@ -206,30 +237,32 @@ impl<T: Element> DenseLinear<T> {
         let (rows, x_stride, y_stride) = (x.rows(), x.row_stride(), y.row_stride());
         let (x, y, size) = (x.data(), y.into_data(), size_of::<T>());
         let x_vectors = x.address().is_multiple_of(16) && (rows == 1 || (x_stride * size).is_multiple_of(16));
-        for start in (0..rows).step_by(MOST_BLOCKS * ROWS) {
-            let count = (rows - start).min(MOST_BLOCKS * ROWS);
-            let mut args = Args {
-                weight: self.weight.address(),
-                bias: self.bias.address(),
-                x: x.address() + (start * x_stride * size) as u64,
-                y: y.address() + (start * y_stride * size) as u64,
-                x_stride: x_stride as u64,
-                y_stride: y_stride as u64,
-                rows: count as u32,
-                n: self.spec.out_features as u32,
-                k: self.spec.in_features as u32,
-                k_stride: self.k_stride as u32,
-                x_vectors: u32::from(x_vectors),
-            };
-            let blocks = (self.spec.out_features.div_ceil(FEATURES), count.div_ceil(ROWS));
-            let launch = grid(blocks, WARPS * 32);
-            // SAFETY: `Args` is `DenseArgs`. Weight and bias are the layer's own memory, with rows of `k_stride` elements;
-            // `check_operands` has compared x and y, of `count` rows from `start` on, with the layer; all of them outlive
-            // the stream's work, because the caller may not free what a stream uses and `Resident` waits. The stream is
-            // that of y.
-            unsafe { self.multiply.launch(self.name, launch, y.stream(), &mut args) }?;
+        if rows == 0 {
+            return Ok(());
         }
-        Ok(())
+        // What the kernel counts in 32 bits.
+        if rows > i32::MAX as usize {
+            return Err(too_many("rows of x", rows));
+        }
+        let mut args = Args {
+            weight: self.weight.address(),
+            bias: self.bias.address(),
+            x: x.address(),
+            y: y.address(),
+            x_stride: x_stride as u64,
+            y_stride: y_stride as u64,
+            rows: rows as u32,
+            n: self.spec.out_features as u32,
+            k: self.spec.in_features as u32,
+            k_stride: self.k_stride as u32,
+            x_vectors: u32::from(x_vectors),
+        };
+        let launch = Launch { grid: (rows.div_ceil(ROWS) as u32, self.shape.grid.1), ..self.shape };
+        // SAFETY: `Args` is `DenseArgs`. Weight and bias are the layer's own memory, with rows of `k_stride` elements;
+        // `check_operands` has compared x and y with the layer; all of them outlive the stream's work, because the caller
+        // may not free what a stream uses and `Resident` waits. Weights are read before the kernel waits for earlier ones:
+        // no kernel ever writes them. The stream is that of y.
+        unsafe { self.multiply.launch(self.name, launch, y.stream(), &mut args) }
     }
 
     /// By cuBLAS: into `y`, or with a bias in float32 into scratch, from where the sums with the bias go to `y`.
@@ -242,11 +275,7 @@ impl<T: Element> DenseLinear<T> {
         workspace: &mut Workspace<CudaDevice<T>>,
     ) -> Result<(), KernelError> {
         let (rows, x_stride, y_stride) = (x.rows(), x.row_stride(), y.row_stride());
-        let count = i32::try_from(rows).map_err(|_| KernelError::Argument {
-            what: "rows of x",
-            got: rows,
-            limit: i32::MAX as usize,
-        })?;
+        let count = i32::try_from(rows).map_err(|_| too_many("rows of x", rows))?;
         let workspace = workspace.take(self.workspace_len(rows))?;
         let scratch = Scratch { address: workspace.address(), bytes: scratch_bytes };
         let sums = workspace.address() + scratch_bytes as u64;
@@ -278,6 +307,10 @@ impl<T: Element> DenseLinear<T> {
         }
         Ok(())
     }
+}
+
+fn too_many(what: &'static str, got: usize) -> KernelError {
+    KernelError::Argument { what, got, limit: i32::MAX as usize }
 }
 
 fn grid((x, y): (usize, usize), threads: usize) -> Launch {
