@@ -29,8 +29,8 @@ fn gpu<T: Element>() -> Option<CudaDevice<T>> {
 
 /// Runs the battery and prints, for every kind of layer, the largest error in units of the kernel's bound: the table in
 /// `docs/KERNEL-ERRORS.md`.
-fn battery<T: Element>(dtype: &str) {
-    let Some(device) = gpu::<T>() else { return };
+fn battery<T: Element>(device: Option<CudaDevice<T>>, dtype: &str) {
+    let Some(device) = device else { return };
     let mut failed = Vec::new();
     for kernel in cuda::kernels(&device) {
         let mut run = 0;
@@ -55,12 +55,20 @@ fn battery<T: Element>(dtype: &str) {
 
 #[test]
 fn every_kernel_passes_the_battery_in_fp16() {
-    battery::<f16>("fp16");
+    battery(gpu::<f16>(), "fp16");
 }
 
 #[test]
 fn every_kernel_passes_the_battery_in_bf16() {
-    battery::<bf16>("bf16");
+    battery(gpu::<bf16>(), "bf16");
+}
+
+/// What every other GPU gets: the images for compute capability 8.0.
+#[test]
+fn every_generic_image_passes_the_battery() {
+    let generic = |dtype| format!("{dtype}, generic image");
+    battery(gpu::<f16>().map(|device| device.limited_to((8, 0))), &generic("fp16"));
+    battery(gpu::<bf16>().map(|device| device.limited_to((8, 0))), &generic("bf16"));
 }
 
 #[test]

@@ -134,6 +134,13 @@ impl<T: Element> CudaDevice<T> {
         Self { stream, ..self.clone() }
     }
 
+    /// The same device, as if its compute capability were no more than `capability`: kernels that need more are not there,
+    /// and others run the images that older GPUs get. For tests on a GPU that is newer than what has to be tested.
+    #[must_use]
+    pub fn limited_to(&self, capability: (u32, u32)) -> Self {
+        Self { capability: self.capability.min(capability), ..self.clone() }
+    }
+
     /// The stream that [`alloc`](Device::alloc), [`upload`](Device::upload), [`download`](Device::download) and
     /// [`synchronize`](Device::synchronize) use, and with it the kernels that write to buffers of this device.
     pub fn stream(&self) -> &Arc<CudaStream> {
@@ -264,12 +271,21 @@ impl<T: Element> Device for CudaDevice<T> {
     type Slice<'a> = CudaRef<'a, T>;
     type SliceMut<'a> = CudaMut<'a, T>;
 
+    /// The GPU's name and its number of multiprocessors.
+    fn model(&self) -> String {
+        let name = self.stream.context().name().unwrap_or_else(|_| "an NVIDIA GPU".to_owned());
+        format!("{name}, {} multiprocessors", self.multiprocessors)
+    }
+
     fn alloc(&self, len: usize) -> Result<CudaBuffer<T>, KernelError> {
+        let out_of_memory = |bytes| {
+            let (free, total) = self.stream.context().mem_get_info().unwrap_or_default();
+            KernelError::OutOfGpuMemory { bytes, free, total }
+        };
+        // cudarc multiplies without a check.
+        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| out_of_memory(usize::MAX))?;
         let slice = self.stream.alloc_zeros(len.max(1)).map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let (free, total) = self.stream.context().mem_get_info().unwrap_or_default();
-                KernelError::OutOfGpuMemory { bytes: len * size_of::<T>(), free, total }
-            }
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory(bytes),
             _ => gpu_error("allocating a buffer", error),
         })?;
         Ok(CudaBuffer { slice, len })

@@ -11,9 +11,32 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr, 
 use super::image::{self, Image};
 use crate::{KernelError, Unsupported};
 
-/// An error of the driver while `during` was being done.
+/// The kernel that was launched last, by any thread: what is to blame, or came after it, if the GPU reports a failure later.
+static LAST_LAUNCH: Mutex<&'static str> = Mutex::new("none");
+
+/// An error of the driver while `during` was being done. One of a kernel that ran before is told with the last kernel's name.
 pub(super) fn gpu_error(during: &'static str, error: DriverError) -> KernelError {
-    KernelError::Gpu { during, message: message(error) }
+    use sys::CUresult as E;
+    let of_a_kernel = matches!(
+        error.0,
+        E::CUDA_ERROR_LAUNCH_FAILED
+            | E::CUDA_ERROR_LAUNCH_TIMEOUT
+            | E::CUDA_ERROR_ILLEGAL_ADDRESS
+            | E::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | E::CUDA_ERROR_MISALIGNED_ADDRESS
+            | E::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | E::CUDA_ERROR_INVALID_PC
+            | E::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | E::CUDA_ERROR_ASSERT
+    );
+    let message = match of_a_kernel {
+        true => {
+            let last = *LAST_LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
+            format!("{}; the last kernel launched is {last}", message(error))
+        }
+        false => message(error),
+    };
+    KernelError::Gpu { during, message }
 }
 
 /// What the driver calls an error, and how it explains it.
@@ -34,6 +57,22 @@ struct Module {
 unsafe impl Send for Module {}
 // SAFETY: as above; the driver locks.
 unsafe impl Sync for Module {}
+
+impl Module {
+    /// Loads PTX, which ends with a NUL, in a context that this thread has bound.
+    fn load(context: &Arc<CudaContext>, name: &'static str, ptx: &[u8]) -> Result<Self, KernelError> {
+        debug_assert!(ptx.ends_with(&[0]));
+        // SAFETY: `ptx` ends with a NUL, as the driver wants text to, and lives through the call.
+        let handle =
+            unsafe { result::module::load_data(ptx.as_ptr().cast()) }.map_err(|error| match error.0 {
+                sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+                    KernelError::Unsupported { kernel: name, reason: Unsupported::PtxTooNew { image: name } }
+                }
+                _ => gpu_error(name, error),
+            })?;
+        Ok(Self { context: Arc::clone(context), handle })
+    }
+}
 
 impl Drop for Module {
     fn drop(&mut self) {
@@ -85,16 +124,7 @@ impl Images {
         }
         let damaged = || KernelError::Gpu { during: image.name, message: "the PTX image is damaged".into() };
         let ptx = image.ptx().ok_or_else(damaged)?;
-        // SAFETY: `ptx` ends with a NUL, as the driver wants text to, and lives through the call.
-        let handle =
-            unsafe { result::module::load_data(ptx.as_ptr().cast()) }.map_err(|error| match error.0 {
-                sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => KernelError::Unsupported {
-                    kernel: image.name,
-                    reason: Unsupported::PtxTooNew { image: image.name },
-                },
-                _ => gpu_error(image.name, error),
-            })?;
-        let module = Arc::new(Module { context: Arc::clone(&self.context), handle });
+        let module = Arc::new(Module::load(&self.context, image.name, &ptx)?);
         loaded.insert(image.name, Arc::clone(&module));
         tracing::debug!(image = image.name, "PTX image loaded");
         Ok(module)
@@ -140,6 +170,10 @@ impl Function {
         args: &mut A,
     ) -> Result<(), KernelError> {
         self.module.context.bind_to_thread().map_err(|error| gpu_error(name, error))?;
+        // Of two that are launched at once either may be the last.
+        if let Ok(mut last) = LAST_LAUNCH.try_lock() {
+            *last = name;
+        }
         // SAFETY: the attribute is plain data for which all zeros are valid.
         let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
         let mut count = 0;
@@ -226,5 +260,81 @@ impl Drop for Resident {
         // nothing reads.
         let _ = self.context.synchronize();
         self.slice = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+    use crate::{Device, cuda::CudaDevice};
+
+    const TRAP: &str =
+        ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry fails() { trap; ret; }\n\0";
+    /// Set in the process that a failing kernel makes useless.
+    const CHILD: &str = "GPTQ_TEST_A_KERNEL_FAILS";
+
+    /// The first GPU, or `None` with a printed reason.
+    #[allow(clippy::print_stdout)]
+    fn gpu() -> Option<CudaDevice<f16>> {
+        CudaDevice::new(0).map_err(|reason| println!("skipped: {reason}")).ok()
+    }
+
+    #[test]
+    fn ptx_from_the_future_is_refused() {
+        let Some(device) = gpu() else { return };
+        let context = device.stream().context();
+        context.bind_to_thread().unwrap();
+        let future = TRAP.replace("8.0", "99.0");
+        assert!(matches!(
+            Module::load(context, "future", future.as_bytes()),
+            Err(KernelError::Unsupported { reason: Unsupported::PtxTooNew { image: "future" }, .. })
+        ));
+        let broken = TRAP.replace("trap", "tarp");
+        assert!(matches!(Module::load(context, "broken", broken.as_bytes()), Err(KernelError::Gpu { .. })));
+        // Nothing of it lasts.
+        assert!(Module::load(context, "fine", TRAP.as_bytes()).is_ok());
+        device.synchronize().unwrap();
+    }
+
+    #[test]
+    fn a_kernel_that_fails_is_named() {
+        if std::env::var_os(CHILD).is_some() {
+            return fail();
+        }
+        if gpu().is_none() {
+            return;
+        }
+        let this = std::env::current_exe().unwrap();
+        let child = std::process::Command::new(this)
+            .args(["--exact", "cuda::driver::tests::a_kernel_that_fails_is_named"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+    }
+
+    fn fail() {
+        let device = gpu().unwrap();
+        let context = device.stream().context();
+        context.bind_to_thread().unwrap();
+        let module = Arc::new(Module::load(context, "trap", TRAP.as_bytes()).unwrap());
+        let entry = CString::new("fails").unwrap();
+        // SAFETY: the module is loaded and its context bound.
+        let handle = unsafe { result::module::get_function(module.handle, entry) }.unwrap();
+        let function = Function { handle, module };
+        let launch = Launch { grid: (1, 1), threads: 32, shared: 0, cluster: 1, programmatic: false };
+        // SAFETY: the kernel has no parameter; one that it does not have is not read.
+        unsafe { function.launch("fails", launch, device.stream().cu_stream(), &mut 0u64) }.unwrap();
+        for _ in 0..2 {
+            match device.synchronize() {
+                Err(KernelError::Gpu { during: "waiting for the GPU", message }) => {
+                    assert!(message.ends_with("; the last kernel launched is fails"), "{message}");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(device.alloc(1000).is_err());
     }
 }
