@@ -5,25 +5,57 @@
 //! cargo bench -p gptq-benches --features cuda --bench kernel_selection [FILTER]    # and of the first GPU, if there is one
 //! ```
 //!
-//! A group is a layer and a number of rows; its members are all kernels that support it, and what `select()` says of them
-//! is printed above. Weights are small enough to stay in a cache: bench `int4_matmul -- --table` and bench `cuda_linear`
-//! measure from memory.
+//! A group is a layer and a number of rows; its members are all kernels that support it. What a `Selector` says of them, for
+//! calls of that many rows, is printed above each group; its costs are those that ship for this model of machine, or else are
+//! measured when the bench begins. Weights of the CPU are small enough to stay in a cache: bench `int4_matmul -- --table`
+//! measures from memory. Weights of a GPU rotate over copies that its cache does not hold; calls are queued without a graph,
+//! so that the gap between two launches counts: bench `cuda_linear` measures without it.
 
 // What was selected has to be said somewhere; criterion's macros write undocumented functions.
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
+use std::time::{Duration, Instant};
+
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use gptq_format::{Bits, CodesRef, PackedLinear};
-use gptq_kernels::{Device, LinearKernel, LinearSpec, MatMut, MatRef, Workspace, cpu, select};
+use gptq_kernels::{
+    CostTable, Device, LinearKernel, LinearSpec, MatMut, MatRef, Measurement, Selector, Workload, Workspace,
+    cpu,
+};
 
 /// Input features, output features, bits, group size.
-const LAYERS: [(usize, usize, Bits, usize); 4] = [
-    (2048, 2048, Bits::B4, 128),
-    (2048, 5632, Bits::B4, 128),
-    (2048, 2048, Bits::B8, 128),
-    (2048, 2048, Bits::B3, 32),
-];
-const ROWS: [usize; 3] = [1, 8, 128];
+type Layer = (usize, usize, Bits, usize);
+
+/// What is measured on a device.
+struct Plan {
+    layers: &'static [Layer],
+    rows: &'static [usize],
+    /// Bytes of all copies of a layer.
+    rotated_bytes: usize,
+}
+
+const CPU: Plan = Plan {
+    layers: &[
+        (2048, 2048, Bits::B4, 128),
+        (2048, 5632, Bits::B4, 128),
+        (2048, 2048, Bits::B8, 128),
+        (2048, 2048, Bits::B3, 32),
+    ],
+    rows: &[1, 8, 128],
+    rotated_bytes: 0,
+};
+
+#[cfg(feature = "cuda")]
+const GPU: Plan = Plan {
+    layers: &[
+        (4096, 4096, Bits::B4, 128),
+        (4096, 11008, Bits::B4, 128),
+        (4096, 4096, Bits::B8, 128),
+        (4096, 4096, Bits::B3, 32),
+    ],
+    rows: &[1, 8, 16, 64, 256],
+    rotated_bytes: 256 << 20,
+};
 
 fn layer(k: usize, n: usize, bits: Bits, group_size: usize) -> PackedLinear {
     let mut state = 1u64;
@@ -50,31 +82,73 @@ fn layer(k: usize, n: usize, bits: Bits, group_size: usize) -> PackedLinear {
     .unwrap()
 }
 
-fn bench<D: Device>(criterion: &mut Criterion, device: &D, name: &str, kernels: &[Box<dyn LinearKernel<D>>]) {
-    for (k, n, bits, group_size) in LAYERS {
-        let packed = layer(k, n, bits, group_size);
-        let spec = LinearSpec::of(&packed);
-        let (_, selection) = select(kernels, &spec, None).unwrap();
-        println!("{name}, {k} x {n}, {} bits: {selection}", bits.get());
-        for rows in ROWS {
-            let mut group = criterion.benchmark_group(format!("{name}/{k}x{n}/{}bit/M={rows}", bits.get()));
+/// The costs that ship, or else those of this machine, now.
+fn costs<D: Device>(
+    device: &D,
+    kernels: &[Box<dyn LinearKernel<D>>],
+    specs: &[LinearSpec],
+    plan: &Plan,
+) -> CostTable {
+    if let Some(table) = CostTable::shipped(&device.model()) {
+        return table;
+    }
+    let mut table = CostTable::new(&device.model());
+    let settings = Measurement { rotated_bytes: plan.rotated_bytes, seconds: 0.05 };
+    for spec in specs {
+        table.measure_with(device, kernels, spec, plan.rows, settings).unwrap();
+    }
+    table
+}
+
+fn bench<D: Device>(
+    criterion: &mut Criterion,
+    device: &D,
+    name: &str,
+    kernels: &[Box<dyn LinearKernel<D>>],
+    plan: &Plan,
+) {
+    println!("{name}: {}", device.model());
+    let layers: Vec<PackedLinear> = plan.layers.iter().map(|&(k, n, bits, g)| layer(k, n, bits, g)).collect();
+    let specs: Vec<LinearSpec> = layers.iter().map(LinearSpec::of).collect();
+    let table = costs(device, kernels, &specs, plan);
+    for (packed, spec) in layers.iter().zip(&specs) {
+        let (k, n, bits) = (packed.in_features(), packed.out_features(), packed.bits().get());
+        let able = kernels.iter().filter(|kernel| {
+            // The float64 reference takes seconds and is never selected.
+            kernel.supports(spec).is_ok() && kernel.name() != "cpu-reference-f64"
+        });
+        let prepared: Vec<Vec<_>> = able
+            .map(|kernel| {
+                let first = kernel.prepare(packed).unwrap();
+                let copies = plan.rotated_bytes.div_ceil(first.weight_bytes()).clamp(1, 64);
+                let rest = (1..copies).map(|_| kernel.prepare(packed).unwrap());
+                std::iter::once(first).chain(rest).collect()
+            })
+            .collect();
+        for &rows in plan.rows {
+            let selector = Selector::new().costs(&table).workload(Workload::rows(rows));
+            let (_, selection) = selector.select(kernels, spec).unwrap();
+            println!("{name}, {k} x {n}, {bits} bits, M = {rows}: {selection}");
+            let mut group = criterion.benchmark_group(format!("{name}/{k}x{n}/{bits}bit/M={rows}"));
             group.throughput(Throughput::Elements((k * n * rows) as u64)).sample_size(10);
+            group.warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(500));
             let x_host: Vec<f32> = (0..rows * k).map(|i| (i % 17) as f32 / 8.0 - 1.0).collect();
             let (mut x, mut y) = (device.alloc(rows * k).unwrap(), device.alloc(rows * n).unwrap());
             device.upload(&x_host, D::slice_mut(&mut x, 0..rows * k)).unwrap();
-            for kernel in kernels {
-                // The float64 reference takes seconds and is never selected.
-                if kernel.supports(&spec).is_err() || kernel.name() == "cpu-reference-f64" {
-                    continue;
-                }
-                let prepared = kernel.prepare(&packed).unwrap();
-                let mut workspace = Workspace::new(device, prepared.workspace_len(rows)).unwrap();
-                group.bench_function(kernel.name(), |bencher| {
-                    bencher.iter(|| {
-                        let x = MatRef::new(D::slice(&x, 0..rows * k), rows, k).unwrap();
-                        let y = MatMut::new(D::slice_mut(&mut y, 0..rows * n), rows, n).unwrap();
-                        prepared.forward(x, y, &mut workspace).unwrap();
+            for copies in &prepared {
+                let mut workspace = Workspace::new(device, copies[0].workspace_len(rows)).unwrap();
+                let mut copy = copies.iter().cycle();
+                group.bench_function(copies[0].kernel(), |bencher| {
+                    bencher.iter_custom(|times| {
                         device.synchronize().unwrap();
+                        let start = Instant::now();
+                        for _ in 0..times {
+                            let x = MatRef::new(D::slice(&x, 0..rows * k), rows, k).unwrap();
+                            let y = MatMut::new(D::slice_mut(&mut y, 0..rows * n), rows, n).unwrap();
+                            copy.next().unwrap().forward(x, y, &mut workspace).unwrap();
+                        }
+                        device.synchronize().unwrap();
+                        start.elapsed()
                     });
                 });
             }
@@ -84,14 +158,14 @@ fn bench<D: Device>(criterion: &mut Criterion, device: &D, name: &str, kernels: 
 }
 
 fn cpu_kernels(criterion: &mut Criterion) {
-    bench(criterion, &cpu::Cpu, "cpu", &cpu::kernels());
+    bench(criterion, &cpu::Cpu, "cpu", &cpu::kernels(), &CPU);
 }
 
 #[cfg(feature = "cuda")]
 fn gpu_kernels(criterion: &mut Criterion) {
     use gptq_kernels::cuda;
     match cuda::CudaDevice::<half::f16>::new(0) {
-        Ok(device) => bench(criterion, &device, "cuda", &cuda::kernels(&device)),
+        Ok(device) => bench(criterion, &device, "cuda", &cuda::kernels(&device), &GPU),
         Err(reason) => println!("no kernels of a GPU: {reason}"),
     }
 }

@@ -120,6 +120,29 @@ pub fn check_operands<D: Device>(
     Ok(())
 }
 
+#[cfg(target_arch = "x86_64")]
+fn processor() -> String {
+    use std::arch::x86_64::__cpuid;
+    // The brand string is three answers of four registers of four bytes.
+    const LEAVES: [u32; 3] = [0x8000_0002, 0x8000_0003, 0x8000_0004];
+    // Newer compilers call it safe.
+    #[allow(unused_unsafe)]
+    // SAFETY: every x86-64 processor has this instruction.
+    let leaf = |leaf| unsafe { __cpuid(leaf) };
+    if leaf(0x8000_0000).eax < LEAVES[2] {
+        return "x86-64".to_owned();
+    }
+    let registers = LEAVES.map(leaf).map(|answer| [answer.eax, answer.ebx, answer.ecx, answer.edx]);
+    let bytes: Vec<u8> = registers.iter().flatten().flat_map(|register| register.to_le_bytes()).collect();
+    let text = String::from_utf8_lossy(&bytes);
+    text.trim_matches('\0').split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn processor() -> String {
+    std::env::consts::ARCH.to_owned()
+}
+
 /// The CPU: float32 activations in host memory, work spread over the current rayon thread pool.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Cpu;
@@ -128,6 +151,11 @@ impl Device for Cpu {
     type Buffer = Vec<f32>;
     type Slice<'a> = &'a [f32];
     type SliceMut<'a> = &'a mut [f32];
+
+    /// The processor's name for itself, and the number of threads.
+    fn model(&self) -> String {
+        format!("{}, {} threads", processor(), rayon::current_num_threads())
+    }
 
     fn alloc(&self, len: usize) -> Result<Vec<f32>, KernelError> {
         let mut buffer = Vec::new();

@@ -14,6 +14,11 @@ pub trait Device: Send + Sync + 'static {
     /// Borrowed activations, to write.
     type SliceMut<'a>: Send;
 
+    /// What costs of kernels depend on, and so the machines that a [`CostTable`](crate::CostTable) is good for.
+    fn model(&self) -> String {
+        "unknown".to_owned()
+    }
+
     /// A buffer of `len` zeros.
     fn alloc(&self, len: usize) -> Result<Self::Buffer, KernelError>;
     /// Copies `src` to the device, rounding to its element type.

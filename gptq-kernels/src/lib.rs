@@ -21,4 +21,7 @@ pub use device::{Device, Workspace};
 pub use error::{KernelError, Unsupported};
 pub use linear::{Epilogue, Linear, LinearKernel, LinearSpec, WeightFormat};
 pub use matrix::{MatMut, MatRef};
-pub use select::{PassedOver, Selection, select};
+pub use select::{
+    CostError, CostPoint, CostTable, Measurement, PassedOver, Reason, Selection, Selector, Workload,
+    cached_costs, select,
+};

@@ -1,6 +1,14 @@
+mod cost;
+mod file;
+mod measure;
+
 use std::fmt;
 
 use crate::{Device, KernelError, LinearKernel, LinearSpec, Unsupported};
+
+pub use cost::{CostPoint, CostTable, Workload};
+pub use file::CostError;
+pub use measure::{Measurement, cached_costs};
 
 /// Which kernel runs a layer, and why.
 #[derive(Clone, Debug, PartialEq)]
@@ -9,10 +17,26 @@ pub struct Selection {
     pub spec: LinearSpec,
     /// Name of the kernel.
     pub kernel: &'static str,
-    /// Whether it was asked for by name.
-    pub by_name: bool,
+    /// Why this one.
+    pub reason: Reason,
     /// The other kernels, in the order of preference.
     pub others: Vec<(&'static str, PassedOver)>,
+}
+
+/// Why a kernel was taken.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reason {
+    /// It was asked for by name.
+    Named,
+    /// It is the first that can do the layer; no costs were given.
+    First,
+    /// It is the first that can do the layer; the costs that were given know no such layer.
+    Unmeasured,
+    /// It costs least.
+    Cheapest {
+        /// Microseconds for the whole workload.
+        microseconds: f64,
+    },
 }
 
 /// Why a kernel was not taken.
@@ -22,18 +46,32 @@ pub enum PassedOver {
     Unsupported(Unsupported),
     /// It can, and comes later in the order of preference.
     Later,
+    /// It can, and costs more.
+    Slower {
+        /// Microseconds for the whole workload.
+        microseconds: f64,
+    },
+    /// It can, and its cost is not known.
+    Unmeasured,
     /// It can, and another was asked for by name.
     NotNamed,
 }
 
 impl fmt::Display for Selection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let why = if self.by_name { "asked for by name" } else { "first that supports the layer" };
-        write!(f, "{} ({why})", self.kernel)?;
+        write!(f, "{} (", self.kernel)?;
+        match self.reason {
+            Reason::Named => write!(f, "asked for by name)")?,
+            Reason::First => write!(f, "first that supports the layer)")?,
+            Reason::Unmeasured => write!(f, "first that supports the layer; no costs of such layers)")?,
+            Reason::Cheapest { microseconds } => write!(f, "{microseconds:.1} us)")?,
+        }
         for (name, reason) in &self.others {
             match reason {
                 PassedOver::Unsupported(reason) => write!(f, "; not {name}: {reason}")?,
                 PassedOver::Later => write!(f, "; {name} comes later")?,
+                PassedOver::Slower { microseconds } => write!(f, "; {name} {microseconds:.1} us")?,
+                PassedOver::Unmeasured => write!(f, "; {name} has no costs")?,
                 PassedOver::NotNamed => write!(f, "; {name} is possible")?,
             }
         }
@@ -41,145 +79,164 @@ impl fmt::Display for Selection {
     }
 }
 
-/// Chooses a kernel for a layer: of those that support it, the first; or the one called `name`.
+/// Chooses kernels for layers: by name, by cost, or by order.
 ///
-/// `kernels` are in the order of preference, fastest first, as [`cpu::kernels`](crate::cpu::kernels) lists them by
-/// measurement; put a kernel of your own wherever it belongs. The choice is returned with its reasons, and logged as a
-/// `tracing` event of level debug.
+/// ```
+/// use gptq_kernels::{Device, CostTable, DenseType, Epilogue, LinearSpec, Selector, WeightFormat, Workload, cpu};
 ///
-/// Errors: [`KernelError::UnknownKernel`], [`KernelError::Unsupported`] if the named kernel cannot do the layer (another
-/// is never taken in its place), [`KernelError::NoKernel`] with what each kernel said.
+/// # fn main() -> Result<(), gptq_kernels::KernelError> {
+/// let spec = LinearSpec {
+///     in_features: 64,
+///     out_features: 64,
+///     weight: WeightFormat::Dense(DenseType::F32),
+///     bias: false,
+///     epilogue: Epilogue::Store,
+/// };
+/// let kernels = cpu::kernels();
+/// // Costs of this machine: shipped, or measured here for the layers at hand.
+/// let mut costs = CostTable::new(&cpu::Cpu.model());
+/// costs.measure(&cpu::Cpu, &kernels, &spec, &[1, 16])?;
+/// // A prompt of 16 tokens, then 8 tokens one by one.
+/// let selector = Selector::new().costs(&costs).workload(Workload::generation(16, 8));
+/// let (kernel, why) = selector.select(&kernels, &spec)?;
+/// println!("{}: {why}", kernel.name());
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Selector<'a> {
+    name: Option<&'a str>,
+    costs: Option<&'a CostTable>,
+    workload: Workload,
+}
+
+impl<'a> Selector<'a> {
+    /// Takes the first kernel that can do a layer.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the kernel of that name and no other; `None` leaves the choice.
+    #[must_use]
+    pub fn named(self, name: Option<&'a str>) -> Self {
+        Self { name, ..self }
+    }
+
+    /// Takes the cheapest kernel by this table. A kernel that the table does not know comes after all that it knows; if
+    /// it knows none, the first kernel is taken.
+    #[must_use]
+    pub fn costs(self, costs: &'a CostTable) -> Self {
+        Self { costs: Some(costs), ..self }
+    }
+
+    /// What the layer will have to do; one row a call, unless said otherwise. Only costs make a difference of it.
+    #[must_use]
+    pub fn workload(self, workload: Workload) -> Self {
+        Self { workload, ..self }
+    }
+
+    /// The kernel for a layer, of `kernels` in the order of preference, with the reasons, which are also logged as a
+    /// `tracing` event of level debug.
+    ///
+    /// Errors: [`KernelError::UnknownKernel`], [`KernelError::Unsupported`] if the named kernel cannot do the layer
+    /// (another is never taken in its place), [`KernelError::NoKernel`] with what each kernel said.
+    pub fn select<'k, D: Device>(
+        &self,
+        kernels: &'k [Box<dyn LinearKernel<D>>],
+        spec: &LinearSpec,
+    ) -> Result<(&'k dyn LinearKernel<D>, Selection), KernelError> {
+        let (kernel, reason) = match self.name {
+            Some(name) => (self.by_name(kernels, spec, name)?, Reason::Named),
+            None => self.by_cost(kernels, spec)?,
+        };
+        let others = kernels.iter().filter(|other| other.name() != kernel.name());
+        let others =
+            others.map(|other| (other.name(), self.passed_over(other.as_ref(), spec, reason))).collect();
+        let selection = Selection { spec: spec.clone(), kernel: kernel.name(), reason, others };
+        tracing::debug!(kernel = selection.kernel, ?spec, "{selection}");
+        Ok((kernel, selection))
+    }
+
+    fn by_name<'k, D: Device>(
+        &self,
+        kernels: &'k [Box<dyn LinearKernel<D>>],
+        spec: &LinearSpec,
+        name: &str,
+    ) -> Result<&'k dyn LinearKernel<D>, KernelError> {
+        let Some(kernel) = kernels.iter().find(|kernel| kernel.name() == name) else {
+            let available = kernels.iter().map(|kernel| kernel.name()).collect();
+            return Err(KernelError::UnknownKernel { name: name.to_owned(), available });
+        };
+        let unsupported = |reason| KernelError::Unsupported { kernel: kernel.name(), reason };
+        kernel.supports(spec).map_err(unsupported)?;
+        Ok(kernel.as_ref())
+    }
+
+    fn by_cost<'k, D: Device>(
+        &self,
+        kernels: &'k [Box<dyn LinearKernel<D>>],
+        spec: &LinearSpec,
+    ) -> Result<(&'k dyn LinearKernel<D>, Reason), KernelError> {
+        let mut reasons = Vec::new();
+        let mut first = None;
+        let mut cheapest: Option<(f64, &'k dyn LinearKernel<D>)> = None;
+        for kernel in kernels {
+            match kernel.supports(spec) {
+                Ok(()) => {
+                    first = first.or(Some(kernel.as_ref()));
+                    if let Some(cost) = self.cost(kernel.name(), spec)
+                        && cheapest.is_none_or(|(least, _)| cost < least)
+                    {
+                        cheapest = Some((cost, kernel.as_ref()));
+                    }
+                }
+                Err(reason) => reasons.push((kernel.name(), reason)),
+            }
+        }
+        match (cheapest, first) {
+            (Some((microseconds, kernel)), _) => Ok((kernel, Reason::Cheapest { microseconds })),
+            (None, Some(kernel)) if self.costs.is_some() => Ok((kernel, Reason::Unmeasured)),
+            (None, Some(kernel)) => Ok((kernel, Reason::First)),
+            (None, None) => Err(KernelError::NoKernel { spec: Box::new(spec.clone()), reasons }),
+        }
+    }
+
+    fn cost(&self, kernel: &str, spec: &LinearSpec) -> Option<f64> {
+        self.costs?.estimate(kernel, spec, &self.workload)
+    }
+
+    fn passed_over<D: Device>(
+        &self,
+        kernel: &dyn LinearKernel<D>,
+        spec: &LinearSpec,
+        reason: Reason,
+    ) -> PassedOver {
+        if let Err(reason) = kernel.supports(spec) {
+            return PassedOver::Unsupported(reason);
+        }
+        match (reason, self.cost(kernel.name(), spec)) {
+            (Reason::Named, _) => PassedOver::NotNamed,
+            (Reason::Cheapest { .. }, Some(microseconds)) => PassedOver::Slower { microseconds },
+            (Reason::Cheapest { .. }, None) => PassedOver::Unmeasured,
+            (Reason::First | Reason::Unmeasured, _) => PassedOver::Later,
+        }
+    }
+}
+
+/// Chooses a kernel for a layer: of those that support it, the first; or the one called `name`. Short for a [`Selector`]
+/// without costs.
+///
+/// `kernels` are in the order of preference, fastest first at one row, as [`cpu::kernels`](crate::cpu::kernels) lists them
+/// by measurement; put a kernel of your own wherever it belongs.
+///
+/// Errors: those of [`Selector::select`].
 pub fn select<'k, D: Device>(
     kernels: &'k [Box<dyn LinearKernel<D>>],
     spec: &LinearSpec,
     name: Option<&str>,
 ) -> Result<(&'k dyn LinearKernel<D>, Selection), KernelError> {
-    if let Some(name) = name
-        && !kernels.iter().any(|kernel| kernel.name() == name)
-    {
-        let available = kernels.iter().map(|kernel| kernel.name()).collect();
-        return Err(KernelError::UnknownKernel { name: name.to_owned(), available });
-    }
-    let mut chosen: Option<&'k dyn LinearKernel<D>> = None;
-    let mut others = Vec::with_capacity(kernels.len());
-    for kernel in kernels {
-        let named = name.is_none_or(|name| name == kernel.name());
-        match kernel.supports(spec) {
-            Ok(()) if named && chosen.is_none() => chosen = Some(kernel.as_ref()),
-            Ok(()) if named => others.push((kernel.name(), PassedOver::Later)),
-            Ok(()) => others.push((kernel.name(), PassedOver::NotNamed)),
-            Err(reason) if named && name.is_some() => {
-                return Err(KernelError::Unsupported { kernel: kernel.name(), reason });
-            }
-            Err(reason) => others.push((kernel.name(), PassedOver::Unsupported(reason))),
-        }
-    }
-    let Some(kernel) = chosen else {
-        let reasons = others
-            .into_iter()
-            .filter_map(|(name, why)| match why {
-                PassedOver::Unsupported(reason) => Some((name, reason)),
-                PassedOver::Later | PassedOver::NotNamed => None,
-            })
-            .collect();
-        return Err(KernelError::NoKernel { spec: Box::new(spec.clone()), reasons });
-    };
-    let selection = Selection { spec: spec.clone(), kernel: kernel.name(), by_name: name.is_some(), others };
-    tracing::debug!(kernel = selection.kernel, ?spec, "{selection}");
-    Ok((kernel, selection))
+    Selector::new().named(name).select(kernels, spec)
 }
 
 #[cfg(test)]
-mod tests {
-    use gptq_format::{Bits, PackedLinear};
-
-    use super::*;
-    use crate::{Epilogue, ErrorBound, Linear, WeightFormat, cpu::Cpu};
-
-    struct Fake(&'static str, Option<Unsupported>);
-
-    impl LinearKernel<Cpu> for Fake {
-        fn name(&self) -> &'static str {
-            self.0
-        }
-        fn supports(&self, _: &LinearSpec) -> Result<(), Unsupported> {
-            self.1.clone().map_or(Ok(()), Err)
-        }
-        fn prepare(&self, _: &PackedLinear) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
-            Err(KernelError::Unsupported { kernel: self.0, reason: Unsupported::WeightFormat })
-        }
-        fn error_bound(&self, _: &LinearSpec) -> ErrorBound {
-            ErrorBound::float32(1)
-        }
-    }
-
-    fn spec() -> LinearSpec {
-        LinearSpec {
-            in_features: 64,
-            out_features: 8,
-            weight: WeightFormat::Gptq { bits: Bits::B4, group_size: 32, sym: true, act_order: false },
-            bias: false,
-            epilogue: Epilogue::Store,
-        }
-    }
-
-    fn kernels() -> Vec<Box<dyn LinearKernel<Cpu>>> {
-        vec![
-            Box::new(Fake("narrow", Some(Unsupported::Bits { bits: 4 }))),
-            Box::new(Fake("fast", None)),
-            Box::new(Fake("slow", None)),
-        ]
-    }
-
-    #[test]
-    fn takes_the_first_that_can_and_says_why() {
-        let kernels = kernels();
-        let (kernel, selection) = select(&kernels, &spec(), None).unwrap();
-        assert_eq!(kernel.name(), "fast");
-        assert_eq!(
-            selection.others,
-            vec![
-                ("narrow", PassedOver::Unsupported(Unsupported::Bits { bits: 4 })),
-                ("slow", PassedOver::Later)
-            ]
-        );
-        assert_eq!(
-            selection.to_string(),
-            "fast (first that supports the layer); not narrow: 4-bit weights are not supported; slow comes later"
-        );
-    }
-
-    #[test]
-    fn a_name_overrides_the_order() {
-        let kernels = kernels();
-        let (kernel, selection) = select(&kernels, &spec(), Some("slow")).unwrap();
-        assert_eq!(kernel.name(), "slow");
-        assert!(selection.by_name);
-        assert!(selection.others.contains(&("fast", PassedOver::NotNamed)));
-    }
-
-    #[test]
-    fn a_named_kernel_is_never_replaced() {
-        let kernels = kernels();
-        assert!(matches!(
-            select(&kernels, &spec(), Some("narrow")),
-            Err(KernelError::Unsupported { kernel: "narrow", reason: Unsupported::Bits { bits: 4 } })
-        ));
-        let Err(KernelError::UnknownKernel { name, available }) = select(&kernels, &spec(), Some("best"))
-        else {
-            panic!("an unknown name must be an error")
-        };
-        assert_eq!(name, "best");
-        assert_eq!(available, ["narrow", "fast", "slow"]);
-    }
-
-    #[test]
-    fn no_kernel_lists_every_reason() {
-        let kernels: Vec<Box<dyn LinearKernel<Cpu>>> =
-            vec![Box::new(Fake("narrow", Some(Unsupported::Bits { bits: 4 })))];
-        let Err(KernelError::NoKernel { reasons, .. }) = select(&kernels, &spec(), None) else {
-            panic!("no kernel supports the layer")
-        };
-        assert_eq!(reasons, vec![("narrow", Unsupported::Bits { bits: 4 })]);
-    }
-}
+mod tests;

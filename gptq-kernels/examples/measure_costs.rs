@@ -1,0 +1,68 @@
+//! Measures the kernels of the first GPU and writes what they cost, as `costs/` holds it for the models that this crate
+//! knows:
+//!
+//! ```text
+//! cargo run --release -p gptq-kernels --features cuda --example measure_costs -- gptq-kernels/costs/nvidia-h200.txt
+//! ```
+//!
+//! How calls are timed is said at `Measurement`. It takes about two minutes.
+
+// A program for the terminal, which ends with the first error.
+#![allow(clippy::print_stdout)]
+
+use std::{error::Error, path::Path};
+
+use gptq_format::Bits;
+use gptq_kernels::{
+    CostTable, DenseType, Device, Epilogue, LinearSpec, Measurement, WeightFormat,
+    cuda::{self, CudaDevice},
+};
+use half::f16;
+
+const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024];
+
+/// All shapes, for 4 bits in groups of 128; of other kinds the first two.
+const SHAPES: [(usize, usize); 4] = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)];
+
+fn gptq(bits: Bits, group_size: usize, sym: bool, act_order: bool) -> WeightFormat {
+    WeightFormat::Gptq { bits, group_size, sym, act_order }
+}
+
+fn layers() -> Vec<(usize, usize, WeightFormat)> {
+    let mut layers: Vec<_> = SHAPES.iter().map(|&(k, n)| (k, n, gptq(Bits::B4, 128, true, false))).collect();
+    for &(k, n) in &SHAPES[..2] {
+        layers.extend([
+            (k, n, gptq(Bits::B4, 128, false, false)),
+            (k, n, gptq(Bits::B4, 128, true, true)),
+            (k, n, gptq(Bits::B4, 32, true, false)),
+            (k, n, gptq(Bits::B8, 128, true, false)),
+            (k, n, WeightFormat::Dense(DenseType::F16)),
+        ]);
+    }
+    let (k, n) = SHAPES[0];
+    layers.extend([
+        (k, n, gptq(Bits::B4, k, true, false)),
+        (k, n, gptq(Bits::B4, 32, false, true)),
+        (k, n, gptq(Bits::B2, 128, true, false)),
+        (k, n, gptq(Bits::B3, 128, true, false)),
+        (k, n, gptq(Bits::B8, 128, false, true)),
+        (k, n, WeightFormat::Dense(DenseType::F32)),
+        (4096, 32000, WeightFormat::Dense(DenseType::F16)),
+    ]);
+    layers
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let path = std::env::args().nth(1).ok_or("usage: measure_costs FILE")?;
+    let device = CudaDevice::<f16>::new(0)?;
+    let kernels = cuda::kernels(&device);
+    let mut table = CostTable::new(&device.model());
+    let settings = Measurement { seconds: 0.03, ..Measurement::default() };
+    for (in_features, out_features, weight) in layers() {
+        let spec = LinearSpec { in_features, out_features, weight, bias: false, epilogue: Epilogue::Store };
+        let added = table.measure_with(&device, &kernels, &spec, &ROWS, settings)?;
+        println!("{in_features} x {out_features}, {weight:?}: {added} times");
+    }
+    table.save(Path::new(&path))?;
+    Ok(())
+}

@@ -1,0 +1,371 @@
+use std::{path::Path, time::Instant};
+
+use gptq_format::{CodesRef, PackedLinear};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::{CostError, CostPoint, CostTable};
+use crate::{
+    DenseData, DenseType, DenseWeight, Device, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
+    WeightFormat, Workspace,
+};
+
+/// How calls are timed.
+///
+/// Copies of a layer are called in turn, all queued before the device is waited for, and the wall time divided by the
+/// calls: what a program sees that does nothing in between. On a GPU this includes the gap between two launches. The copies
+/// are there so that weights come from memory, as they do in a model: together they should be some times as large as the
+/// last-level cache.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Measurement {
+    /// Bytes of all copies of a layer, at least. There are 2 copies at least and 64 at most.
+    pub rotated_bytes: usize,
+    /// Seconds after which the calls of one kernel, layer and number of rows are not repeated any more.
+    pub seconds: f64,
+}
+
+impl Default for Measurement {
+    /// 256 MB and a fifth of a second.
+    fn default() -> Self {
+        Self { rotated_bytes: 256 << 20, seconds: 0.2 }
+    }
+}
+
+/// A kernel that takes this many times as long as another at some number of rows is not measured at larger ones.
+const HOPELESS: f64 = 20.0;
+
+impl CostTable {
+    /// Measures all kernels that support a layer, with random weights, at those numbers of rows; what the table already
+    /// has is not measured again. Returns how many times were added. Large layers
+    /// take seconds for each kernel.
+    ///
+    /// Errors: those of the kernels.
+    pub fn measure<D: Device>(
+        &mut self,
+        device: &D,
+        kernels: &[Box<dyn LinearKernel<D>>],
+        spec: &LinearSpec,
+        rows: &[usize],
+    ) -> Result<usize, KernelError> {
+        self.measure_with(device, kernels, spec, rows, Measurement::default())
+    }
+
+    /// [`measure`](Self::measure) with other settings.
+    pub fn measure_with<D: Device>(
+        &mut self,
+        device: &D,
+        kernels: &[Box<dyn LinearKernel<D>>],
+        spec: &LinearSpec,
+        rows: &[usize],
+        settings: Measurement,
+    ) -> Result<usize, KernelError> {
+        let mut rows = rows.to_vec();
+        rows.sort_unstable();
+        rows.dedup();
+        let known = |table: &Self, kernel: &str, rows: usize| {
+            table.points.iter().any(|point| {
+                point.kernel == kernel
+                    && (point.in_features, point.out_features) == (spec.in_features, spec.out_features)
+                    && (point.weight, point.rows) == (spec.weight, rows)
+            })
+        };
+        let wanted = kernels.iter().filter(|kernel| {
+            kernel.supports(spec).is_ok() && rows.iter().any(|&rows| !known(self, kernel.name(), rows))
+        });
+        let wanted: Vec<_> = wanted.collect();
+        if wanted.is_empty() {
+            return Ok(0);
+        }
+        let layer = RandomLayer::new(spec)?;
+        let mut added = 0;
+        let mut fastest = vec![f64::INFINITY; rows.len()];
+        for kernel in wanted {
+            let copies = layer.copies(kernel.as_ref(), spec, settings.rotated_bytes)?;
+            for (&rows, fastest) in rows.iter().zip(&mut fastest) {
+                let microseconds = 1e6 * seconds(device, &copies, spec, rows, settings.seconds)?;
+                self.insert(CostPoint {
+                    kernel: kernel.name().to_owned(),
+                    in_features: spec.in_features,
+                    out_features: spec.out_features,
+                    weight: spec.weight,
+                    rows,
+                    microseconds,
+                });
+                added += 1;
+                tracing::debug!(kernel = kernel.name(), ?spec, rows, microseconds, "measured");
+                *fastest = fastest.min(microseconds);
+                if microseconds > HOPELESS * *fastest {
+                    break;
+                }
+            }
+        }
+        Ok(added)
+    }
+}
+
+/// The costs of this machine for some layers: those that [ship](CostTable::shipped) if its model is known, otherwise those
+/// in the file at `path`, to which is added what it lacks. Every measurement is a `tracing` event.
+///
+/// A file of another version is measured anew, with an event of level warn.
+///
+/// Errors: [`CostError`]; a file that is damaged or of another model is left as it is.
+pub fn cached_costs<D: Device>(
+    device: &D,
+    kernels: &[Box<dyn LinearKernel<D>>],
+    specs: &[LinearSpec],
+    rows: &[usize],
+    path: &Path,
+) -> Result<CostTable, CostError> {
+    let model = device.model();
+    if let Some(table) = CostTable::shipped(&model) {
+        tracing::debug!(model, "shipped costs");
+        return Ok(table);
+    }
+    let mut table = match CostTable::load(path, &model) {
+        Ok(table) => table,
+        Err(CostError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            CostTable::new(&model)
+        }
+        Err(error @ CostError::Version { .. }) => {
+            tracing::warn!(%error, "costs are measured anew");
+            CostTable::new(&model)
+        }
+        Err(error) => return Err(error),
+    };
+    let mut added = 0;
+    for spec in specs {
+        added += table.measure(device, kernels, spec, rows)?;
+    }
+    if added > 0 {
+        table.save(path)?;
+        tracing::info!(model, added, path = %path.display(), "costs of kernels measured");
+    }
+    Ok(table)
+}
+
+/// A layer with random weights.
+enum RandomLayer {
+    Packed(Box<PackedLinear>),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+/// A number that looks random.
+fn hash(index: usize) -> u64 {
+    let mut v = index as u64 ^ 0x9e37_79b9_7f4a_7c15;
+    v = (v ^ (v >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    v = (v ^ (v >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    v ^ (v >> 33)
+}
+
+/// In -1..1.
+fn symmetric(index: usize) -> f32 {
+    (hash(index) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+}
+
+impl RandomLayer {
+    fn new(spec: &LinearSpec) -> Result<Self, KernelError> {
+        let elements = spec.in_features * spec.out_features;
+        Ok(match spec.weight {
+            WeightFormat::Dense(DenseType::F32) => {
+                Self::F32((0..elements).into_par_iter().map(symmetric).collect())
+            }
+            WeightFormat::Dense(DenseType::F16) => {
+                Self::F16((0..elements).into_par_iter().map(|i| f16::from_f32(symmetric(i))).collect())
+            }
+            WeightFormat::Dense(DenseType::Bf16) => {
+                Self::Bf16((0..elements).into_par_iter().map(|i| bf16::from_f32(symmetric(i))).collect())
+            }
+            WeightFormat::Gptq { .. } => Self::Packed(Box::new(packed(spec)?)),
+        })
+    }
+
+    fn prepare<D: Device>(
+        &self,
+        kernel: &dyn LinearKernel<D>,
+        spec: &LinearSpec,
+    ) -> Result<Box<dyn Linear<D>>, KernelError> {
+        let data = match self {
+            Self::Packed(packed) => return kernel.prepare_fused(packed, spec.epilogue),
+            Self::F32(data) => DenseData::F32(data),
+            Self::F16(data) => DenseData::F16(data),
+            Self::Bf16(data) => DenseData::Bf16(data),
+        };
+        let &LinearSpec { in_features, out_features, .. } = spec;
+        let bias = spec.bias.then(|| (0..out_features).map(symmetric).collect::<Vec<_>>());
+        kernel.prepare_dense(&DenseWeight { in_features, out_features, data, bias: bias.as_deref() })
+    }
+
+    fn copies<D: Device>(
+        &self,
+        kernel: &dyn LinearKernel<D>,
+        spec: &LinearSpec,
+        bytes: usize,
+    ) -> Result<Vec<Box<dyn Linear<D>>>, KernelError> {
+        let first = self.prepare(kernel, spec)?;
+        let count = bytes.div_ceil(first.weight_bytes().max(1)).clamp(2, 64);
+        let mut copies = vec![first];
+        for _ in 1..count {
+            copies.push(self.prepare(kernel, spec)?);
+        }
+        Ok(copies)
+    }
+}
+
+fn packed(spec: &LinearSpec) -> Result<PackedLinear, KernelError> {
+    let WeightFormat::Gptq { bits, group_size, sym, act_order } = spec.weight else {
+        return Err(KernelError::NoKernel { spec: Box::new(spec.clone()), reasons: Vec::new() });
+    };
+    let (inputs, outputs) = (spec.in_features, spec.out_features);
+    let groups = inputs.div_ceil(group_size.max(1));
+    let code = |i: usize| (hash(i) >> 20) as u8 & bits.max_code();
+    let codes: Vec<u8> = (0..inputs * outputs).into_par_iter().map(code).collect();
+    // One other zero point makes a layer asymmetric.
+    let middle = 1 << (bits.get() - 1);
+    let zeros: Vec<u8> =
+        (0..groups * outputs).map(|i| if sym { middle } else { code(i).max(1) & !1 | 1 }).collect();
+    let scales: Vec<f32> = (0..groups * outputs).map(|i| 0.006 + 0.004 * symmetric(i)).collect();
+    let mut g_idx: Vec<u32> = (0..inputs).map(|i| (i / group_size.max(1)) as u32).collect();
+    if act_order {
+        for i in (1..inputs).rev() {
+            g_idx.swap(i, hash(i) as usize % (i + 1));
+        }
+    }
+    let bias = spec.bias.then(|| (0..outputs).map(symmetric).collect::<Vec<_>>());
+    PackedLinear::pack(&CodesRef {
+        bits,
+        group_size,
+        in_features: inputs,
+        out_features: outputs,
+        codes: &codes,
+        zeros: &zeros,
+        scales: &scales,
+        g_idx: &g_idx,
+        bias: bias.as_deref(),
+    })
+    // A spec that no layer can have: no features, or a group size of none.
+    .map_err(|_| KernelError::NoKernel { spec: Box::new(spec.clone()), reasons: Vec::new() })
+}
+
+/// Seconds of a call, the median of some rounds through all copies.
+fn seconds<D: Device>(
+    device: &D,
+    copies: &[Box<dyn Linear<D>>],
+    spec: &LinearSpec,
+    rows: usize,
+    limit: f64,
+) -> Result<f64, KernelError> {
+    let (inputs, outputs) = (spec.in_features, spec.y_features());
+    let host: Vec<f32> = (0..rows * inputs).map(symmetric).collect();
+    let mut x = device.alloc(host.len())?;
+    device.upload(&host, D::slice_mut(&mut x, 0..host.len()))?;
+    let mut y = device.alloc(rows * outputs)?;
+    let len = copies.iter().map(|copy| copy.workspace_len(rows)).max().unwrap_or(0);
+    let mut workspace = Workspace::new(device, len)?;
+    let mut round = |times: usize| -> Result<f64, KernelError> {
+        device.synchronize()?;
+        let start = Instant::now();
+        for _ in 0..times {
+            for copy in copies {
+                let x = MatRef::new(D::slice(&x, 0..rows * inputs), rows, inputs)?;
+                let y = MatMut::new(D::slice_mut(&mut y, 0..rows * outputs), rows, outputs)?;
+                copy.forward(x, y, &mut workspace)?;
+            }
+        }
+        device.synchronize()?;
+        Ok(start.elapsed().as_secs_f64() / (times * copies.len()) as f64)
+    };
+    // The first round loads what is loaded late; the second says how many make a round of 2 ms.
+    round(1)?;
+    let first = round(1)?;
+    let times = (0.002 / (first * copies.len() as f64)).ceil().max(1.0) as usize;
+    let start = Instant::now();
+    let mut all = vec![round(times)?];
+    while all.len() < 9 && start.elapsed().as_secs_f64() < limit {
+        all.push(round(times)?);
+    }
+    all.sort_by(f64::total_cmp);
+    Ok(all[all.len() / 2])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::slice::from_ref;
+
+    use gptq_format::Bits;
+
+    use super::*;
+    use crate::{Epilogue, Reason, Selector, Workload, cpu};
+
+    const QUICK: Measurement = Measurement { rotated_bytes: 1, seconds: 0.0 };
+
+    fn spec(weight: WeightFormat) -> LinearSpec {
+        LinearSpec { in_features: 96, out_features: 40, weight, bias: true, epilogue: Epilogue::Store }
+    }
+
+    #[test]
+    fn kernels_are_measured_once_and_then_chosen_by_it() {
+        let kernels = cpu::kernels();
+        for act_order in [false, true] {
+            let weight = WeightFormat::Gptq { bits: Bits::B4, group_size: 32, sym: !act_order, act_order };
+            let spec = spec(weight);
+            let mut table = CostTable::new("here");
+            assert!(table.measure_with(&cpu::Cpu, &kernels, &spec, &[1, 4], QUICK).unwrap() > kernels.len());
+            assert!(table.points().iter().all(|point| point.microseconds > 0.0 && point.weight == weight));
+            let (kernel, why) = Selector::new().costs(&table).select(&kernels, &spec).unwrap();
+            let least = table.points().iter().filter(|point| point.rows == 1);
+            let least = least.min_by(|a, b| a.microseconds.total_cmp(&b.microseconds)).unwrap();
+            assert_eq!(kernel.name(), least.kernel);
+            assert_eq!(why.reason, Reason::Cheapest { microseconds: least.microseconds });
+        }
+    }
+
+    #[test]
+    fn random_layers_are_what_their_spec_says() {
+        for sym in [false, true] {
+            for act_order in [false, true] {
+                let weight = WeightFormat::Gptq { bits: Bits::B3, group_size: 32, sym, act_order };
+                assert_eq!(LinearSpec::of(&packed(&spec(weight)).unwrap()), spec(weight));
+            }
+        }
+        for dtype in [DenseType::F32, DenseType::F16, DenseType::Bf16] {
+            let spec = spec(WeightFormat::Dense(dtype));
+            let layer = RandomLayer::new(&spec).unwrap();
+            let kernels = cpu::kernels();
+            assert_eq!(layer.prepare(kernels[0].as_ref(), &spec).unwrap().spec(), &spec);
+        }
+        let nothing = LinearSpec { in_features: 0, ..spec(WeightFormat::Dense(DenseType::F32)) };
+        let mut table = CostTable::new("here");
+        assert!(table.measure_with(&cpu::Cpu, &cpu::kernels(), &nothing, &[1], QUICK).is_err());
+    }
+
+    #[test]
+    fn what_is_not_in_the_file_is_measured_and_kept() {
+        let folder = std::env::temp_dir().join(format!("gptq-cached-costs-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("costs");
+        let kernels = cpu::kernels();
+        let kernels = &kernels[..1];
+        let small = LinearSpec { in_features: 8, ..spec(WeightFormat::Dense(DenseType::F32)) };
+        let large = LinearSpec { in_features: 16, ..small.clone() };
+        let first = cached_costs(&cpu::Cpu, kernels, from_ref(&small), &[1], &path).unwrap();
+        let second = cached_costs(&cpu::Cpu, kernels, &[small.clone(), large.clone()], &[1], &path).unwrap();
+        assert_eq!((first.points().len(), second.points().len()), (1, 2));
+        // Read back, not measured again; the file has two decimals.
+        let third = cached_costs(&cpu::Cpu, kernels, &[small, large.clone()], &[1], &path).unwrap();
+        assert_eq!(third, CostTable::load(&path, &cpu::Cpu.model()).unwrap());
+        let estimate = third.estimate(kernels[0].name(), &large, &Workload::rows(1)).unwrap();
+        assert!(estimate > 0.0);
+
+        // Damage is not repaired in silence; another version is replaced.
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{text}nonsense\n")).unwrap();
+        let damaged = cached_costs(&cpu::Cpu, kernels, from_ref(&large), &[1], &path);
+        assert!(matches!(damaged, Err(CostError::Syntax { .. })));
+        std::fs::write(&path, text.replacen("gptq-kernels", "gptq-kernels 0.0.0,", 1)).unwrap();
+        let anew = cached_costs(&cpu::Cpu, kernels, &[large], &[1], &path).unwrap();
+        assert_eq!(anew.points().len(), 1);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
