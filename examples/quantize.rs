@@ -12,7 +12,7 @@ use gptq_core::GptqConfig;
 use gptq_examples::{
     data::RowSource,
     failure::{Failure, run},
-    progress,
+    plot, progress,
 };
 use gptq_format::{Checkpoint, DynamicRules};
 use gptq_kernels::cpu::Cpu;
@@ -87,6 +87,12 @@ struct Args {
     /// Merge the LoRA adapter in this folder (adapter_config.json, adapter_model.safetensors) into the model first
     #[arg(long, value_name = "DIR")]
     lora: Option<PathBuf>,
+    /// Mebibytes of calibration activations in memory; what does not fit goes to a file in --out
+    #[arg(long, default_value_t = 4096, value_name = "MIB")]
+    memory_budget: usize,
+    /// Draw the loss of every layer, beside what rounding to nearest would have lost, into this SVG file
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// gptq, or rtn: round to nearest, the baseline
     #[arg(long, value_enum, default_value_t = Method::Gptq)]
     method: Method,
@@ -137,7 +143,8 @@ fn options(args: &Args) -> Result<QuantizeOptions, Failure> {
         Some(file) => rules(file).map_err(|error| format!("{}: {error}", file.display()))?,
         None => DynamicRules::default(),
     };
-    Ok(options.with_dynamic(rules).with_lm_head(args.lm_head))
+    let bytes = args.memory_budget.saturating_mul(1 << 20);
+    Ok(options.with_dynamic(rules).with_lm_head(args.lm_head).with_activation_bytes(bytes))
 }
 
 fn rules(file: &Path) -> Result<DynamicRules, Failure> {
@@ -191,6 +198,9 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
     let report = outcome.report;
     if outcome.resumed > 0 {
         println!("{} layers were finished before", outcome.resumed);
+    }
+    if let Some(file) = &args.plot {
+        fs::write(file, plot::losses(&report)).map_err(|error| format!("{}: {error}", file.display()))?;
     }
     if let Some(rows) = &rows {
         println!("calibration: {} rows, {} tokens", rows.rows().len(), rows.tokens());

@@ -1,7 +1,8 @@
-//! What the examples share: command lines that fail on one line, data files, progress bars, tables.
+//! What the examples share: command lines that fail on one line, data files, progress bars, tables, plots.
 
 pub mod data;
 pub mod failure;
+pub mod plot;
 pub mod progress;
 pub mod random_model;
 pub mod table;

@@ -134,6 +134,28 @@ fn resumed_after_any_layer_the_bytes_are_the_same() {
     }
 }
 
+/// Wherever activations are kept, in memory, in a file or in both, they are the same.
+#[test]
+fn spilled_activations_change_nothing() {
+    let source = model(5);
+    let rows = rows(5);
+    let gptaq = GptqConfig::builder().group_size(Some(32)).gptaq(Some(0.5)).build().unwrap();
+    let mut parallel = QuantizeOptions::new(gptaq.clone());
+    parallel.true_sequential = false;
+    for options in [options(4), QuantizeOptions::new(gptaq).with_lm_head(true), parallel] {
+        let dir = tempfile::tempdir().unwrap();
+        let whole = dir.path().join("whole");
+        run(source.path(), &whole, &rows, &options, Existing::Refuse, ALL).unwrap();
+        // The residual stream of these rows has 53760 bytes, their MLP activations 80640.
+        for bytes in [0, 30_000, 100_000, 150_000] {
+            let out = dir.path().join(format!("{bytes}"));
+            let options = options.clone().with_activation_bytes(bytes);
+            run(source.path(), &out, &rows, &options, Existing::Refuse, ALL).unwrap();
+            assert_eq!(files(&out), files(&whole), "{bytes} bytes, {options:?}");
+        }
+    }
+}
+
 #[test]
 fn a_run_can_be_interrupted_many_times() {
     let source = model(5);

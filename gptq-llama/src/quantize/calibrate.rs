@@ -1,7 +1,12 @@
+use std::path::PathBuf;
+
 use gptq_kernels::{Backend, KernelError, KvShape, SequencePlan, StepPlan, Workspace};
 use ndarray::Array2;
 
-use super::layer::{Decoder, Stage};
+use super::{
+    activations::{Activations, Budget, Shares},
+    layer::{Decoder, Stage},
+};
 use crate::{
     LlamaConfig, LlamaError, TokenRows, WeightSource,
     buffers::{mat, mat_mut},
@@ -18,6 +23,9 @@ pub(super) struct Calibration<'a, D: Backend> {
     /// Whether the inputs of the down projection are kept until the layer is finished; otherwise they are computed
     /// again.
     keep_inner: bool,
+    /// What a stream may have in memory, and where the rest goes.
+    shares: Shares,
+    spill: Option<PathBuf>,
     rope: D::Rope,
     /// One sequence of one layer; every row overwrites the one before.
     store: D::KvStore,
@@ -32,8 +40,8 @@ pub(super) struct Calibration<'a, D: Backend> {
 
 /// The residual stream of all rows, and what a stage has computed for the next one.
 pub(super) struct Stream<D: Backend> {
-    hidden: Vec<D::Buffer>,
-    kept: Vec<Option<D::Buffer>>,
+    hidden: Activations<D>,
+    kept: Activations<D>,
 }
 
 impl<'a, D: Backend> Calibration<'a, D> {
@@ -42,7 +50,8 @@ impl<'a, D: Backend> Calibration<'a, D> {
         config: &'a LlamaConfig,
         source: &'a dyn WeightSource,
         rows: &'a TokenRows,
-        activation_bytes: usize,
+        budget: &Budget,
+        streams: usize,
     ) -> Result<Self, LlamaError> {
         let longest = rows.longest();
         let (cos, sin) = config.rope.table(config.head_dim, longest);
@@ -55,7 +64,10 @@ impl<'a, D: Backend> Calibration<'a, D> {
             config,
             source,
             rows,
-            keep_inner: rows.tokens().saturating_mul(inner).saturating_mul(4) <= activation_bytes,
+            keep_inner: budget.spill.is_some()
+                || rows.tokens().saturating_mul(inner).saturating_mul(size_of::<f32>()) <= budget.bytes,
+            shares: budget.divide(rows, streams, hidden, inner.max(config.q_features())),
+            spill: budget.spill.clone(),
             rope: device.rope(&cos, &sin, config.head_dim)?,
             store: device.kv_store(shape)?,
             pages: (0..pages as u32).collect(),
@@ -89,29 +101,40 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let (vocabulary, hidden) = (self.config.vocab_size, self.config.hidden_size);
         let table = read_tensor(self.source, names::EMBEDDING, &[vocabulary, hidden])?;
         let table = self.device.embedding(&table.as_dense(None))?;
-        let mut stream = Stream { hidden: Vec::with_capacity(self.rows()), kept: Vec::new() };
+        let mut stream = self.empty()?;
         for row in 0..self.rows() {
             let tokens = self.set_step(row)?;
             let mut buffer = self.device.alloc(tokens * hidden)?;
             self.device.embed(&table, &self.step, mat_mut(&mut buffer, tokens, hidden)?)?;
-            stream.hidden.push(buffer);
+            stream.hidden.put(self.device, row, buffer)?;
         }
-        stream.kept.resize_with(self.rows(), || None);
         Ok(stream)
     }
 
+    /// A stream without content.
+    fn empty(&self) -> Result<Stream<D>, LlamaError> {
+        let kept = self.config.intermediate_size.max(self.config.q_features());
+        let (shares, spill) = (self.shares, self.spill.as_deref());
+        Ok(Stream {
+            hidden: Activations::new(self.rows, self.config.hidden_size, shares.hidden, spill)?,
+            kept: Activations::new(self.rows, kept, shares.kept, spill)?,
+        })
+    }
+
     /// A second stream with the same content.
-    pub(super) fn copy(&self, stream: &Stream<D>) -> Result<Stream<D>, LlamaError> {
+    pub(super) fn copy(&self, stream: &mut Stream<D>) -> Result<Stream<D>, LlamaError> {
         let hidden = self.config.hidden_size;
-        let copies = stream.hidden.iter().zip(self.rows.rows()).map(|(buffer, tokens)| {
+        let mut copies = self.empty()?;
+        for (row, tokens) in self.rows.rows().iter().enumerate() {
+            let buffer = stream.hidden.take(self.device, row)?;
             // Adding to zeros copies exactly; a device need not have another way.
             let mut copy = self.device.alloc(tokens.len() * hidden)?;
             let tokens = tokens.len();
-            self.device.add(mat(buffer, tokens, hidden)?, mat_mut(&mut copy, tokens, hidden)?)?;
-            Ok(copy)
-        });
-        let hidden = copies.collect::<Result<_, KernelError>>()?;
-        Ok(Stream { hidden, kept: stream.kept.iter().map(|_| None).collect() })
+            self.device.add(mat(&buffer, tokens, hidden)?, mat_mut(&mut copy, tokens, hidden)?)?;
+            stream.hidden.put_unchanged(row, buffer);
+            copies.hidden.put(self.device, row, copy)?;
+        }
+        Ok(copies)
     }
 
     /// Takes a row to the entry of `stage` and returns that stage's inputs, `(tokens, in_features)`.
@@ -124,16 +147,18 @@ impl<'a, D: Backend> Calibration<'a, D> {
     ) -> Result<Array2<f32>, LlamaError> {
         self.advance(stage, decoder, stream, row)?;
         let tokens = self.rows.rows()[row].len();
-        let (buffer, features) = match stage {
-            Stage::Qkv | Stage::GateUp => (&self.norm, self.config.hidden_size),
-            Stage::O => (stream.kept(row), self.config.q_features()),
-            Stage::Down => (stream.kept(row), self.config.intermediate_size),
-        };
-        let inputs = self.download(buffer, tokens, features)?;
-        if stage == Stage::Down && !self.keep_inner {
-            stream.kept[row] = None;
+        let features = stage.modules()[0].shape(self.config).0;
+        match stage {
+            Stage::Qkv | Stage::GateUp => self.download(&self.norm, tokens, features),
+            Stage::O | Stage::Down => {
+                let kept = stream.kept.take(self.device, row)?;
+                let inputs = self.download(&kept, tokens, features)?;
+                if stage == Stage::O || self.keep_inner {
+                    stream.kept.put_unchanged(row, kept);
+                }
+                Ok(inputs)
+            }
         }
-        Ok(inputs)
     }
 
     fn download(&self, buffer: &D::Buffer, rows: usize, cols: usize) -> Result<Array2<f32>, LlamaError> {
@@ -147,7 +172,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
     pub(super) fn normalized(
         &mut self,
         weight: &D::Buffer,
-        stream: &Stream<D>,
+        stream: &mut Stream<D>,
         row: usize,
     ) -> Result<Array2<f32>, LlamaError> {
         self.norm(weight, stream, row)?;
@@ -182,7 +207,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
             Stage::Qkv => self.norm(&decoder.input_norm, stream, row),
             Stage::O => self.attend(decoder, stream, row),
             Stage::GateUp => {
-                let attention = stream.take_kept(row);
+                let attention = stream.kept.take(self.device, row)?;
                 self.project(Stage::O, decoder, stream, row, &attention)?;
                 self.norm(&decoder.post_norm, stream, row)
             }
@@ -197,20 +222,22 @@ impl<'a, D: Backend> Calibration<'a, D> {
         stream: &mut Stream<D>,
         row: usize,
     ) -> Result<(), LlamaError> {
-        if stream.kept[row].is_none() {
+        if stream.kept.is_empty(row) {
             self.activate(decoder, stream, row)?;
         }
-        let inner = stream.take_kept(row);
+        let inner = stream.kept.take(self.device, row)?;
         self.project(Stage::Down, decoder, stream, row, &inner)
     }
 
     /// `self.norm = norm(hidden)`
-    fn norm(&mut self, weight: &D::Buffer, stream: &Stream<D>, row: usize) -> Result<(), LlamaError> {
+    fn norm(&mut self, weight: &D::Buffer, stream: &mut Stream<D>, row: usize) -> Result<(), LlamaError> {
         let (tokens, hidden) = (self.rows.rows()[row].len(), self.config.hidden_size);
         let weight = D::slice(weight, 0..hidden);
-        let x = mat(&stream.hidden[row], tokens, hidden)?;
+        let buffer = stream.hidden.take(self.device, row)?;
         let y = mat_mut(&mut self.norm, tokens, hidden)?;
-        Ok(self.device.rms_norm(x, weight, self.config.rms_norm_eps, y)?)
+        self.device.rms_norm(mat(&buffer, tokens, hidden)?, weight, self.config.rms_norm_eps, y)?;
+        stream.hidden.put_unchanged(row, buffer);
+        Ok(())
     }
 
     /// `kept = attention(q, k, v of norm(hidden))`
@@ -227,8 +254,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let qkv = mat(&self.qkv, tokens, features)?;
         let y = mat_mut(&mut out, tokens, shape.out_features())?;
         device.attention(0, shape, &self.step, &self.store, qkv, y, &mut self.workspace)?;
-        stream.kept[row] = Some(out);
-        Ok(())
+        stream.kept.put(self.device, row, out)
     }
 
     /// `kept = silu(gate) * up of norm(hidden)`
@@ -244,8 +270,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let x = mat(&self.gate_up, tokens, 2 * inner)?;
         let mut out = self.device.alloc(tokens * inner)?;
         self.device.silu_mul(x, mat_mut(&mut out, tokens, inner)?)?;
-        stream.kept[row] = Some(out);
-        Ok(())
+        stream.kept.put(self.device, row, out)
     }
 
     /// Runs the projections that read `self.norm`.
@@ -272,16 +297,8 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let x = mat(x, tokens, stage.modules()[0].shape(self.config).0)?;
         projections.forward(x, &mut self.delta, &mut self.workspace)?;
         let delta = mat(&self.delta, tokens, hidden)?;
-        Ok(self.device.add(delta, mat_mut(&mut stream.hidden[row], tokens, hidden)?)?)
-    }
-}
-
-impl<D: Backend> Stream<D> {
-    fn kept(&self, row: usize) -> &D::Buffer {
-        self.kept[row].as_ref().expect("invariant: the stage before has computed it")
-    }
-
-    fn take_kept(&mut self, row: usize) -> D::Buffer {
-        self.kept[row].take().expect("invariant: the stage before has computed it")
+        let mut buffer = stream.hidden.take(self.device, row)?;
+        self.device.add(delta, mat_mut(&mut buffer, tokens, hidden)?)?;
+        stream.hidden.put(self.device, row, buffer)
     }
 }

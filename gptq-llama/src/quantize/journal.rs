@@ -238,6 +238,11 @@ impl Journal {
 }
 
 impl Records {
+    /// The journal's folder, for files that only this run needs.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     pub(super) fn summaries(&self) -> HashMap<Layer, LayerSummary> {
         self.entries.iter().map(|(&layer, entry)| (layer, entry.summary())).collect()
     }

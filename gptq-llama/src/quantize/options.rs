@@ -10,7 +10,10 @@ pub struct QuantizeOptions {
     /// Within a decoder layer, quantise q, k and v first, then o behind their quantised versions, then gate and up, then
     /// down. Otherwise all seven see the inputs of the unquantised layer.
     pub true_sequential: bool,
-    /// Bytes of MLP activations that may be kept between two passes; beyond, they are computed twice.
+    /// Bytes of activations that are kept in memory: the residual stream of all rows and one more activation, for GPTAQ
+    /// twice. What does not fit [`QuantizeJob`](crate::QuantizeJob) keeps in a file in its output folder.
+    /// [`quantize`](crate::quantize()) has no folder: it keeps the residual stream in memory and computes MLP activations
+    /// twice if they do not fit.
     pub activation_bytes: usize,
     /// Settings of single layers by name, such as `model.layers.0.mlp.down_proj` and `lm_head`; the first rule that
     /// matches decides. A rule overrides `bits`, `group_size`, `sym`, `desc_act`, `static_groups`, `act_group_aware`,
@@ -53,6 +56,13 @@ impl QuantizeOptions {
         let builder = GptqConfig::builder().bits(bits).group_size(group_size);
         let builder = builder.sym(false).desc_act(true).mse(Some(2.4)).gptaq(Some(0.5));
         Ok(Self::new(builder.build()?))
+    }
+
+    /// Sets [`activation_bytes`](Self::activation_bytes).
+    #[must_use]
+    pub fn with_activation_bytes(mut self, bytes: usize) -> Self {
+        self.activation_bytes = bytes;
+        self
     }
 
     /// Sets [`dynamic`](Self::dynamic).

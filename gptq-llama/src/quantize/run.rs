@@ -1,6 +1,9 @@
 //! The walk through the decoder: collect, solve, advance.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use gptq_core::{Gptq, GptqConfig, Hessian, HessianAccumulator};
 use gptq_kernels::Backend;
@@ -8,6 +11,7 @@ use ndarray::Array2;
 
 use super::{
     LayerSummary, QuantizeOptions, QuantizeReport,
+    activations::Budget,
     baseline::Baseline,
     calibrate::{Calibration, Stream},
     layer::{Decoder, Stage},
@@ -37,6 +41,7 @@ pub(super) fn quantize<D: Backend>(
     rows: &TokenRows,
     options: &QuantizeOptions,
     watch: &mut Watch<'_>,
+    spill: Option<&Path>,
     store: &mut dyn Store,
 ) -> Result<QuantizeReport, LlamaError> {
     let span = tracing::info_span!("quantize", layers = config.layers, rows = rows.rows().len());
@@ -62,7 +67,9 @@ pub(super) fn quantize<D: Backend>(
         store,
         layers: Vec::new(),
     };
-    let mut calibration = Calibration::new(device, config, source, rows, options.activation_bytes)?;
+    let budget = Budget { bytes: options.activation_bytes, spill: spill.map(Path::to_owned) };
+    let streams = 1 + usize::from(plan.needs_reference()) + usize::from(!options.true_sequential);
+    let mut calibration = Calibration::new(device, config, source, rows, &budget, streams)?;
     let mut stream = calibration.embed()?;
     let mut reference = if plan.needs_reference() { Some(calibration.embed()?) } else { None };
     for layer in 0..config.layers.min(last.layer + 1) {
@@ -71,7 +78,7 @@ pub(super) fn quantize<D: Backend>(
         run.layer(layer, &mut calibration, &mut stream, reference.as_mut())?;
     }
     if last.module == Module::LmHead {
-        run.lm_head(&mut calibration, &stream, reference.as_ref())?;
+        run.lm_head(&mut calibration, &mut stream, reference.as_mut())?;
     }
     report.layers.append(&mut run.layers);
     report.finish(&run.reporter);
@@ -168,8 +175,8 @@ impl<D: Backend> Run<'_, '_, '_, D> {
     fn lm_head(
         &mut self,
         calibration: &mut Calibration<'_, D>,
-        stream: &Stream<D>,
-        reference: Option<&Stream<D>>,
+        stream: &mut Stream<D>,
+        mut reference: Option<&mut Stream<D>>,
     ) -> Result<(), LlamaError> {
         let head = [Layer::lm_head(self.config)];
         let recovered = self.recover(&head)?;
@@ -181,6 +188,7 @@ impl<D: Backend> Run<'_, '_, '_, D> {
         let rows = calibration.rows();
         for row in 0..rows {
             let inputs = calibration.normalized(&norm, stream, row)?;
+            let reference = reference.as_deref_mut();
             let reference = reference.map(|stream| calibration.normalized(&norm, stream, row)).transpose()?;
             sums.add(&inputs, reference.as_ref())?;
             let done = PARTS as f64 * SHARE_OF_CALIBRATION * ((row + 1) as f64 / rows as f64);
