@@ -71,7 +71,7 @@ pub fn quantize<D: Backend>(
     watch: &mut Watch<'_>,
     sink: &mut LayerSink<'_>,
 ) -> Result<QuantizeReport, LlamaError> {
-    run::quantize(config, source, device, rows, options, watch, None, &mut Forward(sink))
+    run::quantize(config, source, device, rows, options, watch, &mut Forward(sink))
 }
 
 /// Rounds the same layers to nearest, the baseline of every comparison. Needs no calibration.

@@ -198,9 +198,8 @@ impl<'a, D: Backend> QuantizeJob<'a, D> {
             let (sender, receiver) = sync_channel::<Finished>(QUEUE);
             let writer =
                 scope.spawn(move || receiver.iter().try_for_each(|finished| journal.append(&finished)));
-            let spill = records.folder().to_owned();
             let mut store = Resumed { before: records.summaries(), records, writer: sender };
-            let result = self.quantize_into(&mut store, &spill, watch);
+            let result = self.quantize_into(&mut store, watch);
             drop(store);
             match writer.join() {
                 Ok(Ok(())) => result,
@@ -213,20 +212,12 @@ impl<'a, D: Backend> QuantizeJob<'a, D> {
     fn quantize_into(
         &self,
         store: &mut dyn Store,
-        spill: &Path,
         watch: &mut Watch<'_>,
     ) -> Result<QuantizeReport, LlamaError> {
         match self.rows {
-            Some(rows) => run::quantize(
-                self.config,
-                self.weights,
-                self.device,
-                rows,
-                &self.options,
-                watch,
-                Some(spill),
-                store,
-            ),
+            Some(rows) => {
+                run::quantize(self.config, self.weights, self.device, rows, &self.options, watch, store)
+            }
             None => round::round_to_nearest(self.config, self.weights, &self.options, watch, store),
         }
     }

@@ -41,7 +41,6 @@ pub(super) fn quantize<D: Backend>(
     rows: &TokenRows,
     options: &QuantizeOptions,
     watch: &mut Watch<'_>,
-    spill: Option<&Path>,
     store: &mut dyn Store,
 ) -> Result<QuantizeReport, LlamaError> {
     let span = tracing::info_span!("quantize", layers = config.layers, rows = rows.rows().len());
@@ -67,7 +66,7 @@ pub(super) fn quantize<D: Backend>(
         store,
         layers: Vec::new(),
     };
-    let budget = Budget { bytes: options.activation_bytes, spill: spill.map(Path::to_owned) };
+    let budget = Budget { bytes: options.activation_bytes, spill: run.store.folder().map(Path::to_owned) };
     let streams = 1 + usize::from(plan.needs_reference()) + usize::from(!options.true_sequential);
     let mut calibration = Calibration::new(device, config, source, rows, &budget, streams)?;
     let mut stream = calibration.embed()?;

@@ -1,4 +1,4 @@
-use std::{collections::HashMap, sync::mpsc::SyncSender};
+use std::{collections::HashMap, path::Path, sync::mpsc::SyncSender};
 
 use gptq_format::PackedLinear;
 use ndarray::Array2;
@@ -14,6 +14,9 @@ pub(super) trait Store {
     /// Such a layer's weight as the forward pass needs it, `(out_features, in_features)`: dequantised with scales in
     /// float32.
     fn weight(&mut self, layer: Layer) -> Result<Option<Array2<f32>>, LlamaError>;
+
+    /// Folder for activations that do not fit in memory.
+    fn folder(&self) -> Option<&Path>;
 
     /// Takes a finished layer.
     fn put(&mut self, finished: Finished) -> Result<(), LlamaError>;
@@ -39,6 +42,10 @@ impl Store for Forward<'_, '_> {
         Ok(None)
     }
 
+    fn folder(&self) -> Option<&Path> {
+        None
+    }
+
     fn put(&mut self, finished: Finished) -> Result<(), LlamaError> {
         (self.0)(finished.summary.layer, finished.packed)
     }
@@ -58,6 +65,10 @@ impl Store for Resumed {
 
     fn weight(&mut self, layer: Layer) -> Result<Option<Array2<f32>>, LlamaError> {
         if self.before.contains_key(&layer) { self.records.weight(layer).map(Some) } else { Ok(None) }
+    }
+
+    fn folder(&self) -> Option<&Path> {
+        Some(self.records.folder())
     }
 
     fn put(&mut self, finished: Finished) -> Result<(), LlamaError> {
