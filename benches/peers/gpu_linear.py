@@ -1,23 +1,26 @@
 #!/usr/bin/env python3
-"""Linear layers of PyTorch on a GPU, timed as bench `cuda_linear` times ours: cuBLAS in fp16, and tinygemm's int4.
+"""Linear layers of PyTorch on a GPU, timed as bench `cuda_linear` times ours: cuBLAS in fp16, tinygemm's int4, and Humming's
+if its package is installed (`pip install humming-kernels`; it compiles its kernels when they are first called).
 
-    python3 benches/peers/gpu_linear.py
+    python3 benches/peers/gpu_linear.py [KxN...]
 
 Copies of each weight are together at least 512 MB and are visited in turn in one CUDA graph; times are medians of
-replays. Errors are |y - exact| / |exact| against a float64 product with the very weights that the kernel multiplies by.
+replays, with the fastest and slowest. Errors are |y - exact| / |exact| against a float64 product with the very weights that
+the kernel multiplies by. All int4 weights are symmetric, in groups of 128.
 """
 
-import statistics
+import concurrent.futures
+import sys
 
 import torch
 
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
-ROWS = [1, 2, 4, 8, 16, 64, 256]
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048]
 GROUP, ROTATED_BYTES, REPLAYS = 128, 512 << 20, 15
 
 
 def graph_time(call, weights):
-    """Microseconds of `call(weight)`, median over replays of a graph that visits all `weights`."""
+    """Microseconds of `call(weight)` in replays of a graph that visits all `weights`: median, fastest, slowest."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for weight in weights[:2]:
@@ -35,7 +38,8 @@ def graph_time(call, weights):
         end.record()
         end.synchronize()
         times.append(1000 * start.elapsed_time(end) / len(weights))
-    return statistics.median(times[2:])
+    times = sorted(times[2:])
+    return times[len(times) // 2], times[0], times[-1]
 
 
 def error(y, exact):
@@ -52,30 +56,84 @@ def cublas(k, n):
         yield "cuBLAS fp16", rows, time, error(y, x.double() @ weights[0].double().T)
 
 
+def random_int4(k, n):
+    """Codes (n, k) from 0 to 15, and scales (k / GROUP, n) in float32 that bf16 and fp16 hold exactly."""
+    codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.int32)
+    scales = ((torch.rand(k // GROUP, n, device="cuda") + 0.5) / 128).to(torch.bfloat16).float()
+    return codes, scales
+
+
+def dequantised(codes, scales):
+    return (codes.double() - 8) * scales.T.double().repeat_interleave(GROUP, 1)
+
+
 def tinygemm(k, n):
     copies = max(6, -(-ROTATED_BYTES // (k * n // 2)))
-    codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.int32)
+    codes, scales = random_int4(k, n)
     packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
-    grid = torch.stack([torch.rand(k // GROUP, n, device="cuda") / 100, torch.zeros(k // GROUP, n, device="cuda")], 2)
-    grid = grid.to(torch.bfloat16).contiguous()
-    weights = [packed.clone() for _ in range(copies)]
     # tinygemm's weight is (code - 8) * scale + zero.
-    scales = grid[:, :, 0].T.double().repeat_interleave(GROUP, 1)
-    exact_weight = (codes.double() - 8) * scales
-    for rows in (rows for rows in ROWS if rows <= 64):
+    grid = torch.stack([scales, torch.zeros_like(scales)], 2).to(torch.bfloat16).contiguous()
+    weights = [packed.clone() for _ in range(copies)]
+    exact_weight = dequantised(codes, scales)
+    # Beyond that it takes milliseconds.
+    for rows in (rows for rows in ROWS if rows <= 256):
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         multiply = lambda w: torch.ops.aten._weight_int4pack_mm(x, w, GROUP, grid)
         time = graph_time(multiply, weights)
         yield "tinygemm bf16", rows, time, error(multiply(weights[0]), x.double() @ exact_weight.T)
 
 
+def humming(k, n):
+    try:
+        from humming.layer import HummingLayer
+    except ImportError as reason:
+        print(f"Humming not run: {reason}")
+        return
+    copies = max(6, -(-ROTATED_BYTES // (k * n // 2)))
+    codes, scales = random_int4(k, n)
+    # GPTQ's layout: eight codes of consecutive input features in a word.
+    words = torch.zeros(k // 8, n, device="cuda", dtype=torch.int64)
+    for i in range(8):
+        words |= codes.T[i::8].long() << (4 * i)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    tensors = {
+        "qweight": words,
+        "scales": scales.half(),
+        "qzeros": torch.full((k // GROUP, n // 8), 0x77777777, device="cuda", dtype=torch.int32),
+        "g_idx": torch.arange(k, device="cuda", dtype=torch.int32) // GROUP,
+    }
+    config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+
+    def layer():
+        made = HummingLayer(shape_n=n, shape_k=k, weight_config=dict(config), torch_dtype=torch.float16).cuda()
+        made.load_from_tensors({name: tensor.clone() for name, tensor in tensors.items()})
+        made.transform()
+        return made
+
+    layers = [layer() for _ in range(copies)]
+    inputs = {rows: torch.randn(rows, k, device="cuda", dtype=torch.float16) for rows in ROWS}
+    # A kernel for each number of rows, compiled side by side.
+    with concurrent.futures.ThreadPoolExecutor(len(ROWS)) as pool:
+        list(pool.map(lambda x: layers[0](x), inputs.values()))
+    exact_weight = dequantised(codes, scales)
+    for rows, x in inputs.items():
+        time = graph_time(lambda made: made(x), layers)
+        yield "Humming fp16", rows, time, error(layers[0](x), x.double() @ exact_weight.T)
+
+
 def main():
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     for k, n in SHAPES:
-        for peer in (cublas, tinygemm):
+        if len(sys.argv) > 1 and f"{k}x{n}" not in sys.argv[1:]:
+            continue
+        for peer in (cublas, tinygemm, humming):
             torch.cuda.empty_cache()
-            for name, rows, time, err in peer(k, n):
-                print(f"{k}x{n} M={rows:<4} {name:<14} {time:8.2f} us  error {err:.1e}", flush=True)
+            try:
+                for name, rows, (median, fastest, slowest), err in peer(k, n):
+                    line = f"{k}x{n} M={rows:<4} {name:<14} {median:8.2f} ({fastest:8.2f}, {slowest:8.2f}) us"
+                    print(f"{line}  error {err:.1e}", flush=True)
+            except Exception as reason:  # A peer that fails must not hide the others.
+                print(f"{k}x{n} {peer.__name__} failed: {type(reason).__name__}: {reason}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, sys};
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use gptq_kernels::{
-    Device, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, Workspace,
+    Device, Epilogue, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, Workspace,
     conformance::{self, Case},
     cuda::{self, CudaDevice, Element},
     reference::Reference,
@@ -61,6 +61,25 @@ fn every_kernel_passes_the_battery_in_fp16() {
 #[test]
 fn every_kernel_passes_the_battery_in_bf16() {
     battery(gpu::<bf16>(), "bf16");
+}
+
+/// A part of the battery that is short enough to be run under a sanitizer: every kind of layer in one odd shape.
+#[test]
+fn a_small_battery() {
+    let Some(device) = gpu::<f16>() else { return };
+    let cases: Vec<Case> = Case::all()
+        .into_iter()
+        .filter(|case| case.in_features == 203 || matches!(case.epilogue, Epilogue::Add | Epilogue::SiluMul))
+        .map(|case| Case { rows: case.rows.min(17), ..case })
+        .step_by(5)
+        .collect();
+    for device in [device.limited_to((8, 0)), device] {
+        for kernel in cuda::kernels(&device) {
+            let report = conformance::run_cases(&device, kernel.as_ref(), &cases);
+            println!("{report}");
+            assert!(report.failures.is_empty(), "{report}");
+        }
+    }
 }
 
 /// What every other GPU gets: the images for compute capability 8.0.

@@ -168,6 +168,11 @@ impl CostTable {
         }
     }
 
+    /// Removes all times of a kernel, so that it is measured again.
+    pub fn forget(&mut self, kernel: &str) {
+        self.points.retain(|point| point.kernel != kernel);
+    }
+
     /// Microseconds that a kernel takes for all calls of a workload; `None` if nothing like the layer was measured.
     pub fn estimate(&self, kernel: &str, spec: &LinearSpec, workload: &Workload) -> Option<f64> {
         let kind = Kind::of(spec.weight, spec.in_features);
@@ -307,6 +312,15 @@ mod tests {
         };
         assert_eq!(table.estimate("a", &eight, &Workload::rows(1)), None);
         assert_eq!(table.estimate("b", &asym, &Workload::rows(1)), None);
+    }
+
+    #[test]
+    fn a_kernel_that_is_forgotten_has_no_cost() {
+        let mut table = table();
+        table.forget("b");
+        assert_eq!(table.points().len(), 4);
+        table.forget("a");
+        assert!(table.points().is_empty());
     }
 
     #[test]

@@ -32,7 +32,7 @@ impl Default for Measurement {
 }
 
 /// A kernel that takes this many times as long as another at some number of rows is not measured at larger ones.
-const HOPELESS: f64 = 20.0;
+const HOPELESS: f64 = 8.0;
 
 impl CostTable {
     /// Measures all kernels that support a layer, with random weights, at those numbers of rows; what the table already
