@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
-use gptq_examples::failure::{Failure, run};
+use gptq_examples::{
+    failure::{Failure, run},
+    zeros::Zeros,
+};
 use gptq_format::{
     Checkpoint, CheckpointFormat, CheckpointWriter, Dtype, PackedLinear, Remark, WriteOptions,
 };
@@ -27,6 +30,9 @@ struct Args {
     /// Layout to write
     #[arg(long, value_enum, value_name = "LAYOUT")]
     format: Layout,
+    /// Read zero points by this convention instead of deciding by evidence
+    #[arg(long, value_enum, value_name = "CONVENTION")]
+    zeros: Option<Zeros>,
     /// Element type of dense weights
     #[arg(long, value_enum, default_value_t = Element::F16, value_name = "TYPE")]
     dtype: Element,
@@ -69,7 +75,7 @@ fn main() -> ExitCode {
 }
 
 fn convert(args: &Args) -> Result<(), Failure> {
-    let source = Checkpoint::open(&args.from)?;
+    let source = Checkpoint::open_with(&args.from, &Zeros::read_options(args.zeros))?;
     let Some(config) = source.config() else {
         return Err(format!("{} is not quantised: nothing to convert", args.from.display()).into());
     };

@@ -5,14 +5,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use gptq_examples::{
     failure::{Failure, run},
     table,
+    zeros::Zeros,
 };
-use gptq_format::{
-    Checkpoint, CheckpointWriter, Dtype, FormatError, QuantizeConfig, ReadOptions, Tensor, ZeroConvention,
-};
+use gptq_format::{Checkpoint, CheckpointWriter, Dtype, FormatError, QuantizeConfig, Tensor};
 
 /// Shows what a model folder holds, and what is wrong with it.
 ///
@@ -38,16 +37,6 @@ struct Args {
     recover: bool,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Zeros {
-    /// Stored minus one
-    V1,
-    /// Stored minus one, borrowing across the fields of a word, as GPTQModel does
-    V1WholeWord,
-    /// Stored as they are
-    V2,
-}
-
 fn main() -> ExitCode {
     run(|args: Args| inspect(&args))
 }
@@ -70,15 +59,7 @@ fn inspect(args: &Args) -> Result<(), Failure> {
     if args.recover && CheckpointWriter::recover(&args.model)? {
         line("recovered", "an interrupted save was completed");
     }
-    let mut options = ReadOptions::default();
-    if let Some(zeros) = args.zeros {
-        options = options.zero_convention(match zeros {
-            Zeros::V1 => ZeroConvention::V1,
-            Zeros::V1WholeWord => ZeroConvention::V1WholeWord,
-            Zeros::V2 => ZeroConvention::V2,
-        });
-    }
-    let checkpoint = Checkpoint::open_with(&args.model, &options)?;
+    let checkpoint = Checkpoint::open_with(&args.model, &Zeros::read_options(args.zeros))?;
     let mut findings = Findings::default();
     findings.problems.extend(checkpoint.oddities().iter().cloned());
     show_config(&checkpoint, &mut findings)?;

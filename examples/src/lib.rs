@@ -7,3 +7,4 @@ pub mod progress;
 pub mod random_model;
 pub mod table;
 pub mod text;
+pub mod zeros;
