@@ -134,7 +134,7 @@ fn numbers_of_unknown_keys_stay_to_the_last_bit() {
     assert_eq!(good(&config.to_json()), config);
     assert_eq!(
         config.get("meta").as_deref(),
-        Some(r#"{"a":5.01e112,"b":2.4,"c":1e-323,"d":18446744073709551615}"#)
+        Some(r#"{"a":5.01e+112,"b":2.4,"c":1e-323,"d":18446744073709551615}"#)
     );
 }
 
