@@ -22,6 +22,7 @@ fn families() -> Vec<Family> {
     let mut plain = Vec::new();
     let mut gemv = Vec::new();
     let (mut dense, mut dense90) = (Vec::new(), Vec::new());
+    let (mut marlin, mut exllama) = (Vec::new(), Vec::new());
     for (half, class) in HALVES {
         let half_macro = format!("-DIMAGE_HALF={class}");
         for bits in [2, 3, 4, 8] {
@@ -39,6 +40,18 @@ fn families() -> Vec<Family> {
             }
             dense.push((format!("dense-{half}-{weight}"), macros));
         }
+        for bits in [4, 8] {
+            let bits_macro = format!("-DIMAGE_BITS={bits}");
+            exllama.push((format!("exllama-{half}-{bits}"), vec![half_macro.clone(), bits_macro]));
+            for (group, short) in [("g64", false), ("g32", true)] {
+                for (zero, asym) in [("sym", false), ("asym", true)] {
+                    let bits_macro = format!("-DIMAGE_BITS={bits}");
+                    let kinds = [format!("-DIMAGE_SHORT={short}"), format!("-DIMAGE_ASYM={asym}")];
+                    let macros = [half_macro.clone(), bits_macro].into_iter().chain(kinds);
+                    marlin.push((format!("marlin-{half}-{bits}-{group}-{zero}"), macros.collect()));
+                }
+            }
+        }
         for group in [128, 64, 32] {
             for (zero, asym) in [("sym", false), ("asym", true)] {
                 let groups = format!("-DIMAGE_GROUPS={}", 128 / group);
@@ -52,6 +65,8 @@ fn families() -> Vec<Family> {
         Family { name: "dense", source: "dense.cu", arch: "compute_80", images: dense },
         Family { name: "dense90", source: "dense.cu", arch: "compute_90", images: dense90 },
         Family { name: "gemv", source: "gemv_sm90.cu", arch: "compute_90", images: gemv },
+        Family { name: "exllama", source: "exllama.cu", arch: "compute_80", images: exllama },
+        Family { name: "marlin", source: "marlin.cu", arch: "compute_80", images: marlin },
     ]
 }
 

@@ -6,6 +6,8 @@
 //! | kernel | compute capability | layers |
 //! |---|---|---|
 //! | `cuda-gemv-sm90` | 9.0 | 4-bit, group size at least 32 or one group; fastest up to 8 rows |
+//! | `cuda-marlin` | 8.0 | up to 8 bits, group size at least 32 or one group; any number of rows, on tensor cores |
+//! | `cuda-exllama` | 8.0 | the same layers, without tensor cores; fast up to 4 rows |
 //! | `cuda-plain` | 8.0 | every packed layer of 2, 3, 4 or 8 bits |
 //! | `cuda-cublas` | 8.0, and the library cuBLAS | float weights of the activations' type |
 //! | `cuda-dense` | 8.0 | float weights of every type; fast up to 8 rows of the activations' type |
@@ -35,16 +37,22 @@ mod blas;
 mod dense;
 mod device;
 mod driver;
+mod exllama;
 mod gemv;
 mod image;
+mod marlin;
+mod marlin_tiles;
 mod plain;
+mod repack;
 mod units;
 
 pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
 
 use crate::{LinearKernel, Unsupported};
 use dense::Dense;
+use exllama::Exllama;
 use gemv::Gemv;
+use marlin::Marlin;
 use plain::Plain;
 
 /// The kernels that this GPU can run, fastest first.
@@ -71,6 +79,14 @@ fn probe<T: Element>(device: &CudaDevice<T>) -> (Kernels<T>, Vec<(&'static str, 
     match Gemv::new(device) {
         Ok(kernel) => kernels.push(Box::new(kernel)),
         Err(reason) => missing.push((gemv::NAME, reason)),
+    }
+    match Marlin::new(device) {
+        Ok(kernel) => kernels.push(Box::new(kernel)),
+        Err(reason) => missing.push((marlin::NAME, reason)),
+    }
+    match Exllama::new(device) {
+        Ok(kernel) => kernels.push(Box::new(kernel)),
+        Err(reason) => missing.push((exllama::NAME, reason)),
     }
     match Plain::new(device) {
         Ok(kernel) => kernels.push(Box::new(kernel)),

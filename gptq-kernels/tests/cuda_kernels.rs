@@ -332,7 +332,7 @@ fn begin_anywhere(layer: &Layer) {
                         y_stride,
                     )
                     .unwrap(),
-                    &mut Workspace::new(device, 0).unwrap(),
+                    &mut Workspace::new(device, run.layer.workspace_len(rows)).unwrap(),
                 )
                 .unwrap();
             let mut got = vec![0.0; 1 + rows * y_stride];
@@ -367,7 +367,7 @@ fn two_streams_at_once_do_not_meet() {
                     let mut buffer = device.alloc(2 * outputs).unwrap();
                     let mut x = device.alloc(2 * inputs).unwrap();
                     device.upload(&layer.x_host, CudaDevice::slice_mut(&mut x, 0..2 * inputs)).unwrap();
-                    let mut workspace = Workspace::new(&device, 0).unwrap();
+                    let mut workspace = Workspace::new(&device, layer.layer.workspace_len(2)).unwrap();
                     for _ in 0..50 {
                         for _ in 0..20 {
                             layer
@@ -404,7 +404,7 @@ fn a_forward_pass_can_be_recorded_and_replayed() {
         let run = Running::new(device, kernel, packed, 1, |_| random.symmetric()).unwrap();
         let expected = run.forward().unwrap();
         let mut y = device.alloc(outputs).unwrap();
-        let mut workspace = Workspace::new(device, 0).unwrap();
+        let mut workspace = Workspace::new(device, run.layer.workspace_len(1)).unwrap();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         device.stream().begin_capture(mode).unwrap();
         for _ in 0..3 {

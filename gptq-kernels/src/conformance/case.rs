@@ -252,11 +252,14 @@ fn packed(
     let zeros: Vec<u8> = (0..outputs * count)
         .map(|_| if sym { 1 << (bits.get() - 1) } else { random.below(max + 1) as u8 })
         .collect();
+    // Products of two results are within half precision too if codes of 8 bits count no more than those of 4.
+    let products = f32::powi(2.0, 4 - bits.get().max(4) as i32);
     // Between 2^-9 and 2^-5, now and then a subnormal half; so that results stay within half precision on a GPU.
     let scales: Vec<f32> = (0..outputs * count)
         .map(|i| {
             let scale =
                 f32::powi(2.0, -(5 + random.below(4) as i32)) * (0.5 + 0.5 * random.symmetric().abs());
+            let scale = if case.epilogue == Epilogue::SiluMul { scale * products } else { scale };
             if i % 13 == 5 { scale / 2048.0 } else { scale }
         })
         .collect();

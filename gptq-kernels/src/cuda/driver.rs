@@ -156,6 +156,19 @@ pub(super) struct Launch {
 }
 
 impl Function {
+    /// Blocks of that shape that a multiprocessor can have at once; 0 if it has not room for one.
+    pub(super) fn resident_blocks(&self, threads: u32, shared: usize) -> Result<usize, KernelError> {
+        self.module.context.bind_to_thread().map_err(|error| gpu_error("cuCtxSetCurrent", error))?;
+        let mut blocks = 0;
+        // SAFETY: the function is alive and `blocks` outlives the call.
+        unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, self.handle, threads as i32, shared)
+        }
+        .result()
+        .map_err(|error| gpu_error("cuOccupancyMaxActiveBlocksPerMultiprocessor", error))?;
+        Ok(blocks.unsigned_abs() as usize)
+    }
+
     /// Queues the kernel, whose only parameter is `args`.
     ///
     /// # Safety

@@ -55,6 +55,13 @@ images! {
         "gemv-f16-g32-sym" "gemv-f16-g32-asym"
         "gemv-bf16-g128-sym" "gemv-bf16-g128-asym" "gemv-bf16-g64-sym" "gemv-bf16-g64-asym"
         "gemv-bf16-g32-sym" "gemv-bf16-g32-asym";
+    "exllama" &["exllama_1", "exllama_2", "exllama_4", "exllama_8"] =>
+        "exllama-f16-4" "exllama-f16-8" "exllama-bf16-4" "exllama-bf16-8";
+    "marlin" &["marlin_256x8", "marlin_256x16", "marlin_256x32", "marlin_128x64", "marlin_256x64", "arrange"] =>
+        "marlin-f16-4-g64-sym" "marlin-f16-4-g64-asym" "marlin-f16-4-g32-sym" "marlin-f16-4-g32-asym"
+        "marlin-f16-8-g64-sym" "marlin-f16-8-g64-asym" "marlin-f16-8-g32-sym" "marlin-f16-8-g32-asym"
+        "marlin-bf16-4-g64-sym" "marlin-bf16-4-g64-asym" "marlin-bf16-4-g32-sym" "marlin-bf16-4-g32-asym"
+        "marlin-bf16-8-g64-sym" "marlin-bf16-8-g64-asym" "marlin-bf16-8-g32-sym" "marlin-bf16-8-g32-asym";
 }
 
 /// The image of that name.

@@ -12,7 +12,7 @@ pub(super) const DEPTH: usize = 128;
 const CODES: usize = STRIPE * DEPTH / 2;
 
 /// A column of padding: it multiplies a zero instead of an element of `x`.
-const NONE: u16 = u16::MAX;
+pub(super) const NONE: u16 = u16::MAX;
 /// Most input features that [`Units`] can hold: columns are 16-bit numbers, one of them [`NONE`].
 pub(super) const MOST_FEATURES: usize = NONE as usize;
 
@@ -41,12 +41,12 @@ pub(super) const fn unit_bytes(groups: usize, asym: bool) -> usize {
 }
 
 /// The order in which units hold the input features: sorted by group, every group padded to a multiple of `run`.
-struct Order {
-    run: usize,
+pub(super) struct Order {
+    pub(super) run: usize,
     /// Input feature of every column; a multiple of [`DEPTH`] of them.
-    columns: Vec<u16>,
+    pub(super) columns: Vec<u16>,
     /// Group of every `run` columns.
-    groups: Vec<u32>,
+    pub(super) groups: Vec<u32>,
 }
 
 impl Order {
@@ -65,7 +65,7 @@ impl Order {
     }
 
     /// Of the runs that the kernels know, the one that makes the fewest bytes.
-    fn best(g_idx: &[u32], asym: bool) -> Self {
+    pub(super) fn best(g_idx: &[u32], asym: bool) -> Self {
         let orders = [128, 64, 32].map(|run| Self::new(g_idx, run));
         let [first, rest @ ..] = orders;
         rest.into_iter()
@@ -78,7 +78,7 @@ impl Order {
     }
 
     /// `None` if column `i` is feature `i`, and padding comes after the last feature alone.
-    fn gather(&self, in_features: usize) -> Option<Vec<u16>> {
+    pub(super) fn gather(&self, in_features: usize) -> Option<Vec<u16>> {
         let identity = self.columns[..in_features].iter().zip(0..).all(|(&column, i)| column == i);
         (!identity).then(|| self.columns.clone())
     }
