@@ -5,7 +5,7 @@
 use std::{fs, path::Path};
 
 use gptq_core::{GptqConfig, rtn};
-use gptq_format::{Checkpoint, CheckpointWriter, Dtype, DynamicRules, WriteOptions};
+use gptq_format::{Checkpoint, CheckpointWriter, Dtype, DynamicRules, TensorFile, WriteOptions};
 use gptq_kernels::cpu::Cpu;
 use gptq_llama::{
     Feed, Layer, Llama, LlamaConfig, LlamaError, LoadOptions, LoraError, LoraWeights, MemoryWeights,
@@ -115,6 +115,40 @@ fn updates_are_scaled_products() {
         assert_eq!(lora.changed(), [format!("{Q0}.weight"), format!("{K1}.weight")]);
         let other = "model.layers.1.self_attn.q_proj.weight";
         assert_eq!(lora.tensor(other).unwrap().unwrap().to_f32(), weight(other));
+    }
+}
+
+/// PEFT's own result for adapters that it wrote (tests/lora_peft/make.py).
+#[test]
+fn peft_merges_to_the_same_weights() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lora_peft");
+    let config = LlamaConfig::from_json(
+        r#"{"model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 10}"#,
+    )
+    .unwrap();
+    for (name, count) in [("patterns", 4), ("rslora", 4), ("head", 4)] {
+        let dir = folder.join(name);
+        let expected = TensorFile::open(dir.join("expected.safetensors")).unwrap();
+        let random = MemoryWeights::random(&config, 1);
+        let mut base = MemoryWeights::in_front_of(&random);
+        for tensor in expected.tensors() {
+            if let Some(name) = tensor.name().strip_prefix("base.") {
+                base.insert(name, tensor.shape(), tensor.f32s().unwrap().into_owned()).unwrap();
+            }
+        }
+        let lora = LoraWeights::open(&dir, &base, &config).unwrap();
+        assert_eq!(lora.changed().len(), count);
+        for weight in lora.changed() {
+            let got = lora.tensor(weight).unwrap().unwrap().to_f32();
+            let want = expected.tensor(&format!("merged.{weight}")).unwrap();
+            // Factors are below 2 and scalings at most 4: the sum of absolute values stays below 4 * 4 * 2 * 2 + 1, and
+            // two sums of at most 4 products, a scaling and an addition are each off by 7 eps of it.
+            let bound = 2.0 * 7.0 * f32::EPSILON * 65.0;
+            for (got, want) in got.iter().zip(want.f32s().unwrap().iter()) {
+                assert!((got - want).abs() <= bound, "{name}, {weight}: {got} is not {want}");
+            }
+        }
     }
 }
 

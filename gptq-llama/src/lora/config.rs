@@ -55,7 +55,7 @@ fn is_end_of(name: &str, module: &str) -> bool {
 }
 
 /// Features that change what is computed, with the values that mean they are off. Anything else is refused.
-const OFF: [(&str, &str); 10] = [
+const OFF: [(&str, &str); 12] = [
     ("use_dora", "its magnitudes are no low-rank update"),
     ("lora_bias", "it trains biases that these models do not have"),
     ("use_qalora", "its matrices are pooled over groups of inputs"),
@@ -65,6 +65,8 @@ const OFF: [(&str, &str); 10] = [
     ("alora_invocation_tokens", "it acts from some token on, and cannot be merged"),
     ("arrow_config", "it mixes several adapters by input"),
     ("use_bdlora", "its matrices are block-diagonal"),
+    ("kasa_config", "its updates are no plain product of two matrices"),
+    ("monteclora_config", "its updates are no plain product of two matrices"),
     ("megatron_config", "its layers are split over devices"),
 ];
 
