@@ -16,7 +16,7 @@
 use cudarc::driver::sys;
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use gptq_kernels::{
-    Device, Linear, LinearSpec, MatMut, MatRef, Workspace,
+    Device, Epilogue, KernelError, Linear, MatMut, MatRef, Workspace,
     cuda::{self, CudaDevice, Element},
     reference::Reference,
 };
@@ -36,13 +36,24 @@ struct Kind {
     bits: Bits,
     sym: bool,
     act_order: bool,
+    epilogue: Epilogue,
 }
 
+const SYM: Kind =
+    Kind { name: "sym", bits: Bits::B4, sym: true, act_order: false, epilogue: Epilogue::Store };
 const KINDS: [Kind; 4] = [
-    Kind { name: "sym", bits: Bits::B4, sym: true, act_order: false },
-    Kind { name: "asym", bits: Bits::B4, sym: false, act_order: false },
-    Kind { name: "act", bits: Bits::B4, sym: true, act_order: true },
-    Kind { name: "sym8", bits: Bits::B8, sym: true, act_order: false },
+    SYM,
+    Kind { name: "asym", sym: false, ..SYM },
+    Kind { name: "act", act_order: true, ..SYM },
+    Kind { name: "sym8", bits: Bits::B8, ..SYM },
+];
+
+/// The layers of a Llama-2-7B decoder, fused: q, k and v; o; gate and up; down.
+const DECODER: [(usize, usize, Kind); 4] = [
+    (4096, 12288, Kind { name: "qkv", ..SYM }),
+    (4096, 4096, Kind { name: "add", epilogue: Epilogue::Add, ..SYM }),
+    (4096, 22016, Kind { name: "silu", epilogue: Epilogue::SiluMul, ..SYM }),
+    (11008, 4096, Kind { name: "add", epilogue: Epilogue::Add, ..SYM }),
 ];
 
 /// A number that looks random.
@@ -92,7 +103,7 @@ fn measure<T: Element>(
     reference: &Reference,
     rows: usize,
 ) -> ([f32; 3], f64) {
-    let LinearSpec { in_features: k, out_features: n, .. } = *layers[0].spec();
+    let (k, n) = (layers[0].spec().in_features, layers[0].spec().y_features());
     let mut x_host: Vec<f32> = (0..rows * k).map(|i| symmetric(i as u64)).collect();
     let (mut x, mut y) = (device.alloc(rows * k).unwrap(), device.alloc(rows * n).unwrap());
     device.upload(&x_host, CudaDevice::slice_mut(&mut x, 0..rows * k)).unwrap();
@@ -120,7 +131,16 @@ fn measure<T: Element>(
         .collect();
     times.sort_by(f32::total_cmp);
 
+    // Once more, since `Epilogue::Add` has added up all of them.
     let mut got = vec![0.0; rows * n];
+    device.upload(&got, CudaDevice::slice_mut(&mut y, 0..rows * n)).unwrap();
+    layers[0]
+        .forward(
+            MatRef::new(CudaDevice::slice(&x, 0..rows * k), rows, k).unwrap(),
+            MatMut::new(CudaDevice::slice_mut(&mut y, 0..rows * n), rows, n).unwrap(),
+            &mut workspace,
+        )
+        .unwrap();
     device.download(CudaDevice::slice(&y, 0..rows * n), &mut got).unwrap();
     let (mut error, mut size) = (0.0, 0.0);
     for row in 0..rows {
@@ -129,7 +149,11 @@ fn measure<T: Element>(
             continue;
         }
         for output in (0..n).step_by(n / 64) {
-            let exact = reference.element(&x_host[row * k..][..k], output).y;
+            let p = |output| reference.element(&x_host[row * k..][..k], output).y;
+            let exact = match layers[0].spec().epilogue {
+                Epilogue::Store | Epilogue::Add => p(output),
+                Epilogue::SiluMul => p(output) / (1.0 + (-p(output)).exp()) * p(output + n),
+            };
             error += (f64::from(got[row * n + output]) - exact).powi(2);
             size += exact * exact;
         }
@@ -145,37 +169,40 @@ fn table<T: Element>(dtype: &str, names: &[String], filters: &[String]) {
     let context = device.stream().context();
     println!("{}, {dtype}, groups of {GROUP}", context.name().unwrap_or_default());
     println!("line                                kernel             us (fastest, slowest)      TB/s  error");
-    for (k, n) in SHAPES {
-        for kind in KINDS {
-            let line = |rows| format!("{k}x{n} {dtype} {} M={rows} ", kind.name);
-            let wanted =
-                |rows| filters.is_empty() || filters.iter().any(|filter| line(rows).contains(filter));
-            if !ROWS.into_iter().any(wanted) {
+    let plain = SHAPES.into_iter().flat_map(|(k, n)| KINDS.map(|kind| (k, n, kind)));
+    for (k, n, kind) in plain.chain(DECODER) {
+        let line = |rows| format!("{k}x{n} {dtype} {} M={rows} ", kind.name);
+        let wanted = |rows| filters.is_empty() || filters.iter().any(|filter| line(rows).contains(filter));
+        if !ROWS.into_iter().any(wanted) {
+            continue;
+        }
+        let packed = layer(k, n, kind);
+        let reference = Reference::new(&packed);
+        for kernel in cuda::kernels(&device) {
+            let named = match names {
+                [] => kernel.name() != "cuda-plain",
+                names => names.iter().any(|name| name == kernel.name()),
+            };
+            if !named {
                 continue;
             }
-            let packed = layer(k, n, kind);
-            let reference = Reference::new(&packed);
-            for kernel in cuda::kernels(&device) {
-                let named = match names {
-                    [] => kernel.name() != "cuda-plain",
-                    names => names.iter().any(|name| name == kernel.name()),
-                };
-                if !named || kernel.supports(&LinearSpec::of(&packed)).is_err() {
-                    continue;
-                }
-                let first = kernel.prepare(&packed).unwrap();
-                let copies = ROTATED_BYTES.div_ceil(first.weight_bytes()).max(6);
-                let mut layers = vec![first];
-                layers.extend((1..copies).map(|_| kernel.prepare(&packed).unwrap()));
-                for rows in ROWS.into_iter().filter(|&rows| wanted(rows)) {
-                    let ([median, fastest, slowest], error) = measure(&device, &layers, &reference, rows);
-                    let rate = layers[0].weight_bytes() as f32 / median / 1e6;
-                    println!(
-                        "{:<35} {:<18} {median:7.2} ({fastest:7.2}, {slowest:7.2})  {rate:5.2}  {error:.1e}",
-                        line(rows),
-                        kernel.name()
-                    );
-                }
+            let prepare = || kernel.prepare_fused(&packed, kind.epilogue);
+            let first = match prepare() {
+                Ok(first) => first,
+                Err(KernelError::Unsupported { .. }) => continue,
+                Err(error) => panic!("{error}"),
+            };
+            let copies = ROTATED_BYTES.div_ceil(first.weight_bytes()).max(6);
+            let mut layers = vec![first];
+            layers.extend((1..copies).map(|_| prepare().unwrap()));
+            for rows in ROWS.into_iter().filter(|&rows| wanted(rows)) {
+                let ([median, fastest, slowest], error) = measure(&device, &layers, &reference, rows);
+                let rate = layers[0].weight_bytes() as f32 / median / 1e6;
+                println!(
+                    "{:<35} {:<18} {median:7.2} ({fastest:7.2}, {slowest:7.2})  {rate:5.2}  {error:.1e}",
+                    line(rows),
+                    kernel.name()
+                );
             }
         }
     }

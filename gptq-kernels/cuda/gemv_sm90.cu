@@ -1,4 +1,4 @@
-// y = x W^T + bias for 4-bit weights and up to 16 rows of x, on Hopper.
+// y = x W^T + bias, with its epilogue, for 4-bit weights and up to 8 rows of x, on Hopper.
 //
 // The weight is a matrix of units: 32 output features x 128 input features, one contiguous run of bytes each (layout in
 // `unit.cuh`). The units of a stripe of 32 output features are divided into 16 parts, always the same ones; WARPS_K
@@ -6,7 +6,7 @@
 // block has WARPS_N stripes in flight, and clusters walk over the stripes.
 //
 //     1  every warp starts bulk copies of its first units into a ring of its own: weights depend on no earlier kernel
-//     2  wait for the kernel before this one, then stage the slice of x (gathered if the layer is act-ordered)
+//     2  wait for the kernel before this one, then every warp stages its part of x (gathered if the layer is act-ordered)
 //     3  unit by unit: codes to exact halves (code - zero), tensor core over one group, times the scale in float32
 //     4  push the part's sums into the shared memory of the block that finishes these output features
 //     5  finish these stripes: the bias, the 16 parts in order, the epilogue, round, store
@@ -21,7 +21,7 @@ struct GemvArgs {
     const u16* x;         // (rows, k), x_stride apart
     u16* y;               // (rows, columns), y_stride apart
     const u16* bias;      // (n), fp16, in the order of the units, or null
-    const u16* gather;    // (k_units * 128) column of x, or NONE for a zero; null for the identity
+    const u16* gather;    // (k_units * 128) column of x, or 0xFFFF for a zero; null for the identity
     u32 rows, n, k;
     u32 x_stride, y_stride;
     u32 k_units;
@@ -29,7 +29,6 @@ struct GemvArgs {
     u32 raw_rows;         // rows that are gathered at a time
     u32 columns;          // n, or half of the features without padding for SILU_MUL
     u32 epilogue;         // STORE, ADD or SILU_MUL
-    u32 launch_at;        // units that a warp has yet to fetch when the next kernel may start
 };
 
 // What becomes of the product p: y = p; y += p; y = silu(gate) * up, where 16 features of the units are 8 of gate and the
@@ -40,8 +39,6 @@ constexpr u32 PARTS = 16;
 
 DEVICE u32 part_start(u32 k_units, u32 part) { return k_units * part / PARTS; }
 
-constexpr u32 NONE = 0xFFFF;
-
 // g / (1 + exp(-g)), within a few units of float32.
 DEVICE float silu(float gate) {
     float power, out;
@@ -50,57 +47,144 @@ DEVICE float silu(float gate) {
     return out;
 }
 
-// Starts copying `count` halves of each row into shared memory, and writes zeros behind them up to `width`.
+// `mbarrier_expect` and `bulk_copy` by one thread of the warp, whose arguments are the same in all of them. In one piece, so
+// that the compiler knows of the one thread and needs no loop over the lanes.
+DEVICE void bulk_copy_elected(u32 to_shared, const void* from_global, u32 bytes, u32 barrier) {
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xFFFFFFFF;\n"
+        "@elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
+        "@elected cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n"
+        "}" ::"r"(to_shared), "l"(from_global), "r"(bytes), "r"(barrier) : "memory");
+}
+
+DEVICE void store_shared_16(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// Starts copying `count` halves of each row into shared memory, and writes zeros behind them up to `width`; thread `thread`
+// of THREADS that do so.
 template <u32 THREADS>
-DEVICE void copy_rows(u32 to, u32 to_stride, const u16* from, u32 from_stride, u32 rows, u32 count, u32 width, bool vectors) {
+DEVICE void copy_rows(u32 to, u32 to_stride, const u16* from, u64 from_stride, u32 rows, u32 count, u32 width, bool vectors, u32 thread) {
     const u32 whole = vectors ? count / 8 * 8 : 0;
 #pragma unroll 1
-    for (u32 i = threadIdx.x * 8; i < whole; i += THREADS * 8) {
+    for (u32 i = thread * 8; i < whole; i += THREADS * 8) {
 #pragma unroll 4
-        for (u32 row = 0; row < rows; ++row) copy_16(to + row * to_stride + i * 2, from + (u64)row * from_stride + i);
+        for (u32 row = 0; row < rows; ++row) copy_16(to + row * to_stride + i * 2, from + row * from_stride + i);
     }
 #pragma unroll 1
-    for (u32 i = whole + threadIdx.x; i < width; i += THREADS) {
+    for (u32 i = whole + thread; i < width; i += THREADS) {
 #pragma unroll 1
         for (u32 row = 0; row < rows; ++row)
-            store_shared_2(to + row * to_stride + i * 2, i < count ? from[(u64)row * from_stride + i] : (u16)0);
+            store_shared_2(to + row * to_stride + i * 2, i < count ? from[row * from_stride + i] : (u16)0);
     }
 }
 
-// Fills the rows of x, `stride` bytes apart, with columns `first .. first + width` in the order of the units. If that is
-// not the order of x, whole rows go to `raw` first, `raw_rows` at a time, and are picked from there: scattered reads of
-// global memory would take longer than all the rest.
+// The part of x that a warp stages: what it multiplies itself, or every WARPS_N-th row of that.
+struct Stage {
+    u32 to, to_stride;  // in shared memory
+    u32 first, width;   // columns, in the order of the units
+    u32 row, step;      // rows
+    u32 lane;
+};
+
+// In the order of x.
+DEVICE void stage_x(const GemvArgs& args, const Stage& stage) {
+    const u32 count = stage.first < args.k ? min(stage.width, args.k - stage.first) : 0;
+    const u32 rows = stage.row < args.rows ? (args.rows - stage.row + stage.step - 1) / stage.step : 0;
+    copy_rows<32>(stage.to + stage.row * stage.to_stride, stage.step * stage.to_stride,
+                  args.x + (u64)stage.row * args.x_stride + stage.first, (u64)stage.step * args.x_stride, rows, count,
+                  stage.width, args.x_vectors, stage.lane);
+    wait_for_copies();
+}
+
+// In another order: the block brings whole rows to `raw`, `raw_rows` at a time, each with a zero behind it for the columns
+// that do not exist, and the warps pick from there. Scattered reads of global memory would take longer than all the rest.
+// `index` has the columns.
 template <u32 THREADS>
-DEVICE void stage_x(const GemvArgs& args, u32 staged, u32 stride, u32 first, u32 width, u32 index, u32 raw) {
-    if (args.gather == nullptr) {
-        const u32 count = first < args.k ? min(width, args.k - first) : 0;
-        copy_rows<THREADS>(staged, stride, args.x + first, args.x_stride, args.rows, count, width, args.x_vectors);
-        wait_for_copies();
-        return;
-    }
-    const u32 raw_stride = (args.k * 2 + 15) / 16 * 16;
+DEVICE void stage_x_gathered(const GemvArgs& args, const Stage& stage, u32 index, u32 raw) {
+    const u32 raw_stride = (args.k * 2 + 2 + 15) / 16 * 16;
 #pragma unroll 1
     for (u32 start = 0; start < args.rows; start += args.raw_rows) {
         const u32 rows = min(args.raw_rows, args.rows - start);
         if (start > 0) __syncthreads();
-        copy_rows<THREADS>(raw, raw_stride, args.x + (u64)start * args.x_stride, args.x_stride, rows, args.k, args.k, args.x_vectors);
+        copy_rows<THREADS>(raw, raw_stride, args.x + (u64)start * args.x_stride, args.x_stride, rows, args.k, args.k + 1, args.x_vectors, threadIdx.x);
         wait_for_copies();
         __syncthreads();
 #pragma unroll 1
-        for (u32 i = threadIdx.x * 2; i < width; i += THREADS * 2) {
-            const u32 columns = load_shared_4(index + i * 2), lower = columns & 0xFFFF, upper = columns >> 16;
-#pragma unroll 4
-            for (u32 row = 0; row < rows; ++row) {
-                const u32 from = raw + row * raw_stride;
-                const u32 pair = (lower == NONE ? 0 : load_shared_2(from + lower * 2)) |
-                                 (upper == NONE ? 0 : load_shared_2(from + upper * 2)) << 16;
-                store_shared_4(staged + (start + row) * stride + i * 2, pair);
+        for (u32 i = stage.lane * 8; i < stage.width; i += 32 * 8) {
+            const uint4 columns = load_shared_16(index + i * 2);
+            const u32 pairs[4] = {columns.x, columns.y, columns.z, columns.w};
+            u32 from[8];
+#pragma unroll
+            for (u32 c = 0; c < 8; ++c) from[c] = raw + min(c % 2 ? pairs[c / 2] >> 16 : pairs[c / 2] & 0xFFFF, args.k) * 2;
+#pragma unroll 1
+            for (u32 row = stage.row; row < rows; row += stage.step) {
+                u32 value[8];
+#pragma unroll
+                for (u32 c = 0; c < 8; ++c) value[c] = load_shared_2(from[c] + row * raw_stride);
+                store_shared_16(stage.to + (start + row) * stage.to_stride + i * 2, value[0] | value[1] << 16,
+                                value[2] | value[3] << 16, value[4] | value[5] << 16, value[6] | value[7] << 16);
             }
         }
     }
 }
 
-template <class Half, u32 N_TILES, u32 GROUPS, bool ASYM, u32 WARPS_N, u32 WARPS_K, u32 DEPTH>
+// A lane's places in a unit.
+template <u32 GROUPS>
+struct Places {
+    u32 codes, scales, zeros;
+    DEVICE explicit Places(u32 lane)
+        : codes((lane ^ lane / 8) * 16), scales(2048 + lane / 4 * 8), zeros(2048 + GROUPS * 64 + lane / 4 * 4) {}
+};
+
+// acc += unit * x: `x` is the lane's place in the rows of x, at the unit's first input feature.
+template <class Half, u32 GROUPS, bool ASYM>
+DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& places, u32 x) {
+    constexpr u32 STEPS = 8 / GROUPS; // steps of 16 input features in a group
+    float sum[2][4];
+    Zero zero[2][2];
+#pragma unroll
+    for (u32 f = 0; f < 2; ++f) {
+        const u32 fragment = unit + places.codes + f * 512;
+        const uint4 codes[2] = {load_shared_16(fragment), load_shared_16(fragment + 1024)};
+        const uint4 lower = load_shared_16(x + f * 128), upper = load_shared_16(x + f * 128 + 64);
+        const u32 b[8] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
+#pragma unroll
+        for (u32 s = 0; s < 4; ++s) {
+            const u32 step = f * 4 + s, group = step / STEPS;
+            if (step % STEPS == 0) {
+                const u32 z = ASYM ? load_shared_4(unit + places.zeros + group * 32) : 0x08080808u;
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h) {
+#pragma unroll
+                    for (u32 u = 0; u < 2; ++u) zero[h][u] = Dequantizer<Half>::zero((z >> (h * 16 + u * 8)) & 0xFF);
+                    for (u32 e = 0; e < 4; ++e) sum[h][e] = 0.0f;
+                }
+            }
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+                const u32 first = s % 2 ? codes[h].z : codes[h].x, second = s % 2 ? codes[h].w : codes[h].y;
+                u32 a[4];
+                Dequantizer<Half>::expand(a[0], a[1], first >> (s / 2 * 8), zero[h]);
+                Dequantizer<Half>::expand(a[2], a[3], second >> (s / 2 * 8), zero[h]);
+                Half::mma(sum[h], a, b[2 * s], b[2 * s + 1]);
+            }
+            if ((step + 1) % STEPS == 0) {
+                const uint2 pair = load_shared_8(unit + places.scales + group * 64);
+                const float scale[2][2] = {{Fp16::to_float((u16)pair.x), Fp16::to_float((u16)(pair.x >> 16))},
+                                           {Fp16::to_float((u16)pair.y), Fp16::to_float((u16)(pair.y >> 16))}};
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h)
+#pragma unroll
+                    for (u32 e = 0; e < 4; ++e) acc[h][e] += scale[h][e / 2] * sum[h][e];
+            }
+        }
+    }
+}
+
+template <class Half, u32 GROUPS, bool ASYM, u32 WARPS_N, u32 WARPS_K, u32 DEPTH>
 DEVICE void gemv(const GemvArgs& args) {
     constexpr u32 WARPS = WARPS_N * WARPS_K, THREADS = WARPS * 32, SLICES = PARTS / WARPS_K;
     constexpr u32 FEATURES = WARPS_N * 32, OWNED = FEATURES / SLICES; // of a cluster; finished by one block of it
@@ -115,10 +199,10 @@ DEVICE void gemv(const GemvArgs& args) {
     const u32 first_unit = part_start(args.k_units, part), part_units = part_start(args.k_units, part + 1) - first_unit;
     const u32 stripes = (args.n + 31) / 32, stripe_step = gridDim.x / SLICES * WARPS_N;
     const u32 first_stripe = blockIdx.x / SLICES * WARPS_N;
-    const i32 rounds = first_stripe < stripes ? (stripes - first_stripe + stripe_step - 1) / stripe_step : 0;
+    const u32 rounds = first_stripe < stripes ? (stripes - first_stripe + stripe_step - 1) / stripe_step : 0;
 
     // Shared memory: barriers, rings, x, sums; columns to gather and rows to gather them from.
-    const u32 barriers = shared + warp * (DEPTH * 8);
+    const u32 barriers = shared + warp * DEPTH * 8;
     const u32 rings = shared + ring_offset(WARPS, DEPTH), ring = rings + warp * RING;
     const u32 x_first = part_start(args.k_units, slice * WARPS_K);
     const u32 x_width = (part_start(args.k_units, (slice + 1) * WARPS_K) - x_first) * 128;
@@ -126,56 +210,53 @@ DEVICE void gemv(const GemvArgs& args) {
     // Rows 64 bytes apart in the banks: two rows a phase, no conflict. The same in all blocks of the cluster.
     const u32 x_stride = ((args.k_units + SLICES - 1) / SLICES + 1) * 256 + 64;
     const u32 sums = staged + args.rows * x_stride, sums_bytes = PARTS * args.rows * OWNED * 4;
-    const u32 index = sums + sums_bytes, raw = index + x_width * 2;
+    const u32 index = sums + sums_bytes, raw = index + x_width * 2, x_place = (first_unit - x_first) * 256;
 
     // The stream of units: all of the part's in one stripe, then in the next stripe of this warp.
     const u8* source = args.units + ((u64)(first_stripe + warp_n) * args.k_units + first_unit) * UNIT;
-    const u64 stripe_jump = ((u64)stripe_step * args.k_units - part_units) * UNIT;
+    const u32 jump = uniform((stripe_step * args.k_units - part_units + 1) * UNIT);
     u32 left_in_stripe = part_units;
     u32 left = first_stripe + warp_n < stripes ? (stripes - first_stripe - warp_n + stripe_step - 1) / stripe_step * part_units : 0;
-    u32 slot = 0, parity = 0;
+    const u32 ring_end = uniform(ring + RING);
+    u32 unit = ring, barrier_at = barriers, parity = 0;
     auto fetch = [&] { // into the current slot
         if (left == 0) return;
-        if (lane == 0) {
-            mbarrier_expect(barriers + slot * 8, UNIT);
-            bulk_copy(ring + slot * UNIT, source, UNIT, barriers + slot * 8);
-        }
-        if (--left == args.launch_at) launch_dependents();
-        source += UNIT;
-        if (--left_in_stripe == 0) left_in_stripe = part_units, source += stripe_jump;
+        bulk_copy_elected(unit, source, UNIT, barrier_at);
+        --left, --left_in_stripe;
+        source += left_in_stripe == 0 ? jump : UNIT;
+        if (left_in_stripe == 0) left_in_stripe = part_units;
     };
     auto advance = [&] {
-        if (++slot == DEPTH) slot = 0, parity ^= 1;
+        unit += UNIT, barrier_at += 8;
+        if (unit == ring_end) unit = ring, barrier_at = barriers, parity ^= 1;
     };
     if (lane == 0) {
         for (u32 i = 0; i < DEPTH; ++i) mbarrier_init(barriers + i * 8, 1);
         fence_mbarrier_init();
     }
+    __syncwarp();
     for (u32 i = 0; i < DEPTH; ++i) fetch(), advance();
-    parity = 0;
+    parity = 0; // the slots are full, but none has been waited for
     __syncwarp();
     if (SLICES > 1) cluster_arrive();
-    if (left <= args.launch_at) launch_dependents();
-    if (args.gather != nullptr) copy_rows<THREADS>(index, 0, args.gather + x_first * 128, 0, 1, x_width, x_width, true);
+    launch_dependents();
+    if (args.gather != nullptr) copy_rows<THREADS>(index, 0, args.gather + x_first * 128, 0, 1, x_width, x_width, true, threadIdx.x);
 
     // Rows beyond the last repeat the last; their results are dropped.
-    u32 x_start[N_TILES];
-    for (u32 t = 0; t < N_TILES; ++t) {
-        const u32 row = min(t * 8 + lane / 4, args.rows - 1);
-        x_start[t] = staged + row * x_stride + (lane % 4) * 16 + (first_unit - x_first) * 256;
-    }
+    const u32 x_start = staged + min(lane / 4, args.rows - 1) * x_stride + (lane % 4) * 16 + x_place;
+    const Places<GROUPS> places(lane);
 
     // At most one output a thread, and one row of x a warp.
     static_assert(OWNED == 32 && 8 * OWNED <= THREADS, "");
     const u32 token = threadIdx.x / OWNED, owned = slice * OWNED + threadIdx.x % OWNED;
     const bool finishes = threadIdx.x < args.rows * OWNED;
-    u16 bias = 0, before = 0;
+    u32 added = 0; // of bias in the upper half, of y in the lower
     // Fetches what the product is added to, ahead of its use.
     auto begin = [&](u32 stripe) {
         const u32 feature = stripe * 32 + owned;
         if (!finishes || feature >= args.n) return;
-        if (args.bias != nullptr) bias = args.bias[feature];
-        if (args.epilogue == ADD) before = args.y[(u64)token * args.y_stride + feature];
+        added = args.bias != nullptr ? (u32)args.bias[feature] << 16 : 0;
+        if (args.epilogue == ADD) added |= args.y[(u64)token * args.y_stride + feature];
     };
     // Adds the parts of the stripes from `stripe` on that this block finishes.
     auto finish = [&](u32 stripe) {
@@ -184,7 +265,7 @@ DEVICE void gemv(const GemvArgs& args) {
         float part_sum[PARTS];
 #pragma unroll
         for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(sums + (p * args.rows * OWNED + threadIdx.x) * 4);
-        float sum = Fp16::to_float(bias) + Half::to_float(before);
+        float sum = Fp16::to_float((u16)(added >> 16)) + Half::to_float((u16)added);
 #pragma unroll
         for (u32 p = 0; p < PARTS; ++p) sum += part_sum[p];
         u32 column = feature;
@@ -201,35 +282,33 @@ DEVICE void gemv(const GemvArgs& args) {
         else __syncthreads();
     };
 
-    // Round -1 is a rehearsal: it computes nothing of use, from whatever is where x and the sums will be, but brings the
-    // instructions into the cache while the kernel before this one still runs.
+    wait_for_dependencies();
+    const Stage stage = {staged + x_place, x_stride, first_unit * 128, part_units * 128, warp_n, WARPS_N, lane};
+    if (args.gather == nullptr) stage_x(args, stage);
+    else stage_x_gathered<THREADS>(args, stage, index + x_place, raw);
+    if (WARPS_N > 1) __syncthreads();
+    else __syncwarp();
+    if (SLICES > 1) cluster_wait(); // all blocks have started
+
 #pragma unroll 1
-    for (i32 round = -1; round < rounds; ++round) {
+    for (u32 round = 0; round < rounds; ++round) {
         const u32 stripe = first_stripe + round * stripe_step;
-        if (round == 0) {
-            wait_for_dependencies();
-            stage_x<THREADS>(args, staged, x_stride, x_first * 128, x_width, index, raw);
-            __syncthreads();
-            if (SLICES > 1) cluster_wait(); // all blocks have started
-        }
-        if (round >= 0) begin(stripe);
-        float acc[2][N_TILES][4] = {};
-        const u32 count = round < 0 ? 1 : stripe + warp_n < stripes ? part_units : 0;
-        u32 x_address[N_TILES];
-        for (u32 t = 0; t < N_TILES; ++t) x_address[t] = x_start[t];
+        begin(stripe);
+        float acc[2][4] = {};
+        const u32 count = stripe + warp_n < stripes ? part_units : 0;
+        u32 x_address = x_start;
 #pragma unroll 1
-        for (u32 i = 0; i < count; ++i) {
-            if (round >= 0) mbarrier_wait(barriers + slot * 8, parity);
-            multiply_unit<Half, N_TILES, GROUPS, ASYM>(acc, round < 0 ? staged : ring + slot * UNIT, x_address, lane);
-            if (round < 0) break;
+        for (u32 i = count; i != 0; --i) {
+            mbarrier_wait(barrier_at, parity);
+            __syncwarp();
+            multiply_unit<Half, GROUPS, ASYM>(acc, unit, places, x_address);
             __syncwarp();
             fetch();
             advance();
-            for (u32 t = 0; t < N_TILES; ++t) x_address[t] += 256;
+            x_address += 256;
         }
 
         if (round > 0) barrier(); // the sums of the round before have been added
-        const u32 tokens = round < 0 ? 0 : args.rows;
 #pragma unroll
         for (u32 tile = 0; tile < 2; ++tile) {
 #pragma unroll
@@ -238,33 +317,30 @@ DEVICE void gemv(const GemvArgs& args) {
                 const u32 local = sums + (part * args.rows * OWNED + feature % OWNED) * 4;
                 const u32 address = SLICES == 1 ? local : remote_address(local, feature / OWNED);
 #pragma unroll
-                for (u32 t = 0; t < N_TILES; ++t) {
-#pragma unroll
-                    for (u32 odd = 0; odd < 2; ++odd) {
-                        const u32 token = t * 8 + (lane % 4) * 2 + odd;
-                        const float value = acc[tile][t][upper * 2 + odd];
-                        if (SLICES == 1) store_shared_float_if(token < tokens, address + token * OWNED * 4, value);
-                        else remote_store_if(token < tokens, address + token * OWNED * 4, value);
-                    }
+                for (u32 odd = 0; odd < 2; ++odd) {
+                    const u32 token = (lane % 4) * 2 + odd;
+                    const float value = acc[tile][upper * 2 + odd];
+                    if (SLICES == 1) store_shared_float_if(token < args.rows, address + token * OWNED * 4, value);
+                    else remote_store_if(token < args.rows, address + token * OWNED * 4, value);
                 }
             }
         }
-        if (round < 0) __syncthreads();
-        else barrier();
-        finish(round < 0 ? ~0u / 64 : stripe); // in the rehearsal, of stripes that do not exist
+        barrier();
+        finish(stripe);
     }
 }
 
 #ifndef PROTOTYPE
 // One image holds one type of activations (IMAGE_HALF), group size (IMAGE_GROUPS in a unit) and kind of zero (IMAGE_ASYM).
 //
-// `gemv_<token tiles>_<WARPS_N>x<WARPS_K>_<DEPTH>`; BLOCKS is how many blocks of it fit the registers of a multiprocessor.
-#define GEMV(TILES, WARPS_N, WARPS_K, DEPTH, BLOCKS) \
-    extern "C" __global__ void __launch_bounds__(WARPS_N * WARPS_K * 32, BLOCKS) \
-        gemv_##TILES##_##WARPS_N##x##WARPS_K##_##DEPTH(const __grid_constant__ GemvArgs args) { \
-        gemv<IMAGE_HALF, TILES, IMAGE_GROUPS, IMAGE_ASYM, WARPS_N, WARPS_K, DEPTH>(args); \
+// `gemv_<WARPS_N>x<WARPS_K>_<DEPTH>`. One block has the registers of a multiprocessor: two at a time, so that the next kernel
+// could fill its rings early, leave a thread 64 of them and are slower.
+#define GEMV(WARPS_N, WARPS_K, DEPTH) \
+    extern "C" __global__ void __launch_bounds__(WARPS_N * WARPS_K * 32, 1) \
+        gemv_##WARPS_N##x##WARPS_K##_##DEPTH(const __grid_constant__ GemvArgs args) { \
+        gemv<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, WARPS_N, WARPS_K, DEPTH>(args); \
     }
-GEMV(1, 1, 16, 2, 2)
-GEMV(1, 1, 16, 3, 2)
-GEMV(1, 2, 8, 2, 2)
+GEMV(1, 16, 2)
+GEMV(1, 16, 4)
+GEMV(2, 8, 2)
 #endif

@@ -17,9 +17,21 @@
 //! | one block barrier a round instead of two `mbarrier`s; sums in one buffer, which lets 8 rows of 8192 fit | 4.7 / 7.8 / 8.5 / 30.8 | 8192 x 28672 with 8 rows 42 -> 33 |
 //! | the same with a cluster's barrier for clusters, which are then needed only where x does not fit | 4.8 / 7.8 / 8.4 / 31.1 | nothing lost, and racecheck understands it |
 //! | act-order: columns fetched ahead of the wait, whole rows of x brought to shared memory and picked there | 6.0 / 8.7 / 10.2 / 32.0 act-ordered | was 9.0 / 12.0 / 18.4 / 38.5 with scattered reads of global memory; wanted within 5 % of the layer without, is within 4 to 29 % |
+//! | epilogues by a flag, what is added to fetched ahead of the product | 4.7 / 8.1 / 8.7 / 31.4 | nothing lost and nothing found: within the spread |
+//! | one thread elected for a bulk copy, which spares the compiler a loop over the lanes; places in a unit kept in registers | 4.6 / 7.8 / 9.1 / 31.2 | 258 to 225 instructions a unit; the arithmetic alone was found to take 4.0 / 7.3 / 6.6 / 25.4, reading alone 2.9 / 6.3 / 6.2 / 28.5, neither 1.5 / 2.5 / 2.0 / 6.1, so that -0.5 on all was expected |
+//! | every warp stages its own part of x, without the block's barrier | 4.9 / 7.5 / 8.1 / 31.0 | -0.1 on all; 4096 x 4096 is slower and faster by turns with the registers that the compiler has |
+//! | one block a multiprocessor, with 72 to 95 registers instead of 64; no rehearsal; ring of 4 units for 8192 x 28672 | 4.1 / 7.4 / 7.5 / 29.6 | that two blocks, the second prefetching for the next kernel, cost more than they gain was found by chance with the ring of 4; the rehearsal was then without effect |
 //!
-//! 57 or 58 registers, no spills in fp16 images; 187 instructions for 128 weights a thread: 1.5 a weight, 0.8 of them
-//! integer.
+//! Not taken: codes as subnormal halves, without a subtraction, the zero point as a multiple of the sum of x over a group
+//! that the tensor core adds up (64 of 225 instructions less, expected -0.5; found +0.3 on 4096 x 4096 and -0.2 on
+//! 4096 x 11008, since integer instructions, at half rate, are the limit, and those are the same; and its error is relative to
+//! `sum |x|` rather than to `sum |x w|`). Starting the next kernel late, when the last unit has been asked for (expected -1;
+//! found -0.6 on 11008 x 4096 and +3 elsewhere). A kernel that brings x into the order of an act-ordered layer: a kernel
+//! that does nothing but wait adds 0.5 in a chain, one that also reads x, adds parts and stores 1.5, more than the whole
+//! gathering costs here.
+//!
+//! What limits it: of 225 instructions for 128 weights a thread (1.8 a weight) 100 are integer ones, which are issued at half
+//! rate; four warps a scheduler hide most of their latency.
 
 use std::marker::PhantomData;
 
@@ -65,9 +77,9 @@ struct Variant {
     depth: usize,
 }
 
-const SHALLOW: Variant = Variant { entry: "gemv_1_1x16_2", stripes: 1, parts: 16, depth: 2 };
-const DEEP: Variant = Variant { entry: "gemv_1_1x16_3", stripes: 1, parts: 16, depth: 3 };
-const PAIRED: Variant = Variant { entry: "gemv_1_2x8_2", stripes: 2, parts: 8, depth: 2 };
+const SHALLOW: Variant = Variant { entry: "gemv_1x16_2", stripes: 1, parts: 16, depth: 2 };
+const DEEP: Variant = Variant { entry: "gemv_1x16_4", stripes: 1, parts: 16, depth: 4 };
+const PAIRED: Variant = Variant { entry: "gemv_2x8_2", stripes: 2, parts: 8, depth: 2 };
 
 impl Variant {
     fn warps(&self) -> usize {
@@ -111,7 +123,6 @@ struct Args {
     raw_rows: u32,
     columns: u32,
     epilogue: u32,
-    launch_at: u32,
 }
 
 /// How a pass of some rows is launched.
@@ -151,9 +162,9 @@ impl<T: Element> Gemv<T> {
             let blocks = stripes.div_ceil(variant.stripes);
             (blocks.min(most.max(1)), blocks.div_ceil(most.max(1)))
         };
-        // Measured on the H200: a deeper ring pays where a block has one stripe with many units, and nowhere else.
-        let one_long_round = clusters(&SHALLOW).1 == 1 && units.k_units > 4 * PARTS;
-        let order = if one_long_round { [DEEP, SHALLOW, PAIRED] } else { [SHALLOW, DEEP, PAIRED] };
+        // Measured on the H200: a deeper ring pays where blocks have many rounds of many units, and costs elsewhere.
+        let deep = clusters(&SHALLOW).1 >= 4 && units.k_units >= 4 * PARTS;
+        let order = if deep { [DEEP, SHALLOW, PAIRED] } else { [SHALLOW, DEEP, PAIRED] };
         for variant in order {
             let (clusters, _) = clusters(&variant);
             let shared = variant.shared_memory(unit, units.k_units, rows);
@@ -162,7 +173,7 @@ impl<T: Element> Gemv<T> {
             let (mut raw_rows, mut gathering) = (0, 0);
             if units.gather.is_some() {
                 let columns = variant.width(units.k_units) * 2;
-                let row = (in_features * 2).next_multiple_of(16);
+                let row = (in_features * 2 + 2).next_multiple_of(16);
                 raw_rows = (spare.saturating_sub(columns) / row).min(rows);
                 gathering = columns + raw_rows * row;
                 if raw_rows == 0 {
@@ -319,7 +330,6 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
                     Epilogue::Add => 1,
                     Epilogue::SiluMul => 2,
                 },
-                launch_at: u32::MAX,
             };
             // SAFETY: `Args` is `GemvArgs`. units, gather and bias are the layer's own memory, of the sizes that `Units`
             // gives them; `check_operands` has compared x and y, of these rows, with the layer; all of them outlive the

@@ -50,7 +50,7 @@ images! {
     "dense" &["dense", "add_bias"] =>
         "dense-f16-f16" "dense-f16-bf16" "dense-f16-f32" "dense-bf16-f16" "dense-bf16-bf16" "dense-bf16-f32";
     "dense90" &["dense", "add_bias"] => "dense90-f16" "dense90-bf16";
-    "gemv" &["gemv_1_1x16_2", "gemv_1_1x16_3", "gemv_1_2x8_2"] =>
+    "gemv" &["gemv_1x16_2", "gemv_1x16_4", "gemv_2x8_2"] =>
         "gemv-f16-g128-sym" "gemv-f16-g128-asym" "gemv-f16-g64-sym" "gemv-f16-g64-asym"
         "gemv-f16-g32-sym" "gemv-f16-g32-asym"
         "gemv-bf16-g128-sym" "gemv-bf16-g128-asym" "gemv-bf16-g64-sym" "gemv-bf16-g64-asym"
