@@ -60,7 +60,26 @@ fn families() -> Vec<Family> {
             }
         }
     }
+    let decoder = |sm: &'static str| {
+        let (mut ops, mut attention) = (Vec::new(), Vec::new());
+        for (half, class) in HALVES {
+            let macros =
+                vec![format!("-DIMAGE_HALF={class}"), format!("-DIMAGE_SM90={}", u32::from(sm == "sm90"))];
+            ops.push((format!("ops-{half}-{sm}"), macros.clone()));
+            for dim in [32, 64, 96, 128, 256] {
+                let mut macros = macros.clone();
+                macros.push(format!("-DIMAGE_DIM={dim}"));
+                attention.push((format!("attention-{half}-{dim}-{sm}"), macros));
+            }
+        }
+        (ops, attention)
+    };
+    let ((ops_80, attention_80), (ops_90, attention_90)) = (decoder("sm80"), decoder("sm90"));
     vec![
+        Family { name: "ops-sm80", source: "ops.cu", arch: "compute_80", images: ops_80 },
+        Family { name: "ops-sm90", source: "ops.cu", arch: "compute_90", images: ops_90 },
+        Family { name: "attention-sm80", source: "attention.cu", arch: "compute_80", images: attention_80 },
+        Family { name: "attention-sm90", source: "attention.cu", arch: "compute_90", images: attention_90 },
         Family { name: "plain", source: "plain.cu", arch: "compute_80", images: plain },
         Family { name: "dense", source: "dense.cu", arch: "compute_80", images: dense },
         Family { name: "dense90", source: "dense.cu", arch: "compute_90", images: dense90 },

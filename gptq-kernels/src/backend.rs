@@ -24,9 +24,29 @@ pub trait Backend: Device + Sized {
     /// Tokens in one page of the key-value store.
     const PAGE_LEN: usize;
 
+    /// Forward passes that have been recorded.
+    type Recordings: Default + Send + Sync;
+
     /// Runs `work`, a series of operations, from where they start fastest: inside the thread pool, say.
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         work()
+    }
+
+    /// Runs `work`, the operations of one forward pass over `step`, or does again what was recorded when a pass over a
+    /// step of the same shape ran.
+    ///
+    /// `work` queues operations of this device alone, the same ones, on the same memory, whenever `owner` and the shape of
+    /// the step are the same; whoever frees or moves memory that it uses drops the recordings first. A key-value store
+    /// may grow, and a step may be refilled.
+    fn replay<E: From<KernelError> + Send>(
+        &self,
+        recordings: &mut Self::Recordings,
+        owner: u64,
+        step: &Self::Step,
+        work: impl FnOnce() -> Result<(), E> + Send,
+    ) -> Result<(), E> {
+        let _ = (recordings, owner, step);
+        self.run(work)
     }
 
     /// Kernels for linear layers, quantised and dense, that run on this machine, the preferred one first.
@@ -100,8 +120,8 @@ pub trait Backend: Device + Sized {
         store: &mut Self::KvStore,
     ) -> Result<(), KernelError>;
 
-    /// Elements of scratch that [`attention`](Self::attention) needs for `rows` rows.
-    fn attention_workspace_len(&self, rows: usize, shape: AttentionShape) -> usize;
+    /// Elements of scratch that [`attention`](Self::attention) and [`attend`](Self::attend) need for a step.
+    fn attention_workspace_len(&self, step: &Self::Step, shape: AttentionShape) -> usize;
 
     /// Causal attention of every row over its own sequence: `y (rows, heads * head_dim)` from the queries in `qkv` and
     /// the keys and values in `layer` of the store, which [`rope_append`](Self::rope_append) has filled.
@@ -116,6 +136,24 @@ pub trait Backend: Device + Sized {
         y: MatMut<'_, Self>,
         workspace: &mut Workspace<Self>,
     ) -> Result<(), KernelError>;
+
+    /// [`rope_append`](Self::rope_append), then [`attention`](Self::attention), to the same bits; a device may do both in
+    /// one kernel, and then need not rotate in place: what `qkv` holds afterwards is not defined.
+    #[allow(clippy::too_many_arguments)]
+    fn attend(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        step: &Self::Step,
+        rope: &Self::Rope,
+        mut qkv: MatMut<'_, Self>,
+        store: &mut Self::KvStore,
+        y: MatMut<'_, Self>,
+        workspace: &mut Workspace<Self>,
+    ) -> Result<(), KernelError> {
+        self.rope_append(layer, shape, step, rope, qkv.reborrow(), store)?;
+        self.attention(layer, shape, step, store, qkv.as_ref(), y, workspace)
+    }
 
     /// `y[r, i] = silu(x[r, i]) * x[r, width + i]` with `silu(g) = g / (1 + exp(-g))`: `x` is `(rows, 2 * width)`, gate
     /// and up side by side, `y` is `(rows, width)`.
@@ -191,4 +229,42 @@ pub struct SequencePlan<'a> {
     pub past: usize,
     /// Its pages, in order of position; they have room for `past + rows.len()` tokens.
     pub pages: &'a [u32],
+}
+
+impl StepPlan<'_> {
+    /// Checks that the sequences cover the tokens one after the other, that their pages of `page_len` tokens have room, that
+    /// no two of them write the same page, and that the outputs are rows.
+    ///
+    /// Errors: [`KernelError::Argument`].
+    pub fn validate(&self, page_len: usize) -> Result<(), KernelError> {
+        let rows = self.tokens.len();
+        let argument = |what, got, limit| Err(KernelError::Argument { what, got, limit });
+        if let Some(&row) = self.outputs.iter().find(|&&row| row as usize >= rows) {
+            return argument("output row", row as usize, rows);
+        }
+        let (mut row, mut written) = (0, Vec::with_capacity(self.sequences.len()));
+        for sequence in self.sequences {
+            let end = sequence.rows.end;
+            if sequence.rows.start != row || end < row || end > rows {
+                return argument("first row of a sequence", sequence.rows.start, row + 1);
+            }
+            let room = sequence.pages.len() * page_len;
+            let len = sequence.past.saturating_add(end - row);
+            if len > room {
+                return argument("position", len, room + 1);
+            }
+            if row < end {
+                written.extend_from_slice(&sequence.pages[sequence.past / page_len..len.div_ceil(page_len)]);
+            }
+            row = end;
+        }
+        if row != rows {
+            return argument("rows covered by sequences", row, rows);
+        }
+        written.sort_unstable();
+        match written.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => argument("page written by two sequences", pair[0] as usize, 0),
+            None => Ok(()),
+        }
+    }
 }

@@ -192,6 +192,10 @@ impl Device for Cpu {
         slice
     }
 
+    fn as_slice<'a>(slice: &'a &mut [f32]) -> &'a [f32] {
+        slice
+    }
+
     fn len(slice: &&[f32]) -> usize {
         slice.len()
     }

@@ -42,11 +42,14 @@ mod gemv;
 mod image;
 mod marlin;
 mod marlin_tiles;
+mod ops;
+mod pinned;
 mod plain;
 mod repack;
 mod units;
 
 pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
+pub use ops::{CudaEmbedding, CudaKvStore, CudaRecordings, CudaRope, CudaStep};
 
 use crate::{LinearKernel, Unsupported};
 use dense::Dense;

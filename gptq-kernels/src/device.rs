@@ -34,6 +34,8 @@ pub trait Device: Send + Sync + 'static {
     fn slice_mut(buffer: &mut Self::Buffer, range: Range<usize>) -> Self::SliceMut<'_>;
     /// A shorter-lived loan of `slice`.
     fn reborrow<'a>(slice: &'a mut Self::SliceMut<'_>) -> Self::SliceMut<'a>;
+    /// The same memory, to read.
+    fn as_slice<'a>(slice: &'a Self::SliceMut<'_>) -> Self::Slice<'a>;
     /// Number of elements.
     fn len(slice: &Self::Slice<'_>) -> usize;
     /// Number of elements.

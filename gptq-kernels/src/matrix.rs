@@ -107,6 +107,11 @@ impl<'a, D: Device> MatMut<'a, D> {
     pub fn into_data(self) -> D::SliceMut<'a> {
         self.data
     }
+    /// The matrix to read, for as long as it is not written.
+    pub fn as_ref(&self) -> MatRef<'_, D> {
+        let (rows, cols, row_stride) = (self.rows, self.cols, self.row_stride);
+        MatRef { data: D::as_slice(&self.data), rows, cols, row_stride }
+    }
     /// A shorter-lived loan of this matrix.
     pub fn reborrow(&mut self) -> MatMut<'_, D> {
         MatMut {

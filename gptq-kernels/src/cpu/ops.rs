@@ -57,6 +57,7 @@ impl Backend for Cpu {
     type Rope = CpuRope;
     type KvStore = CpuKvStore;
     type Step = CpuStep;
+    type Recordings = ();
 
     const PAGE_LEN: usize = step::PAGE_LEN;
 
@@ -169,8 +170,8 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn attention_workspace_len(&self, rows: usize, shape: AttentionShape) -> usize {
-        rows * shape.out_features()
+    fn attention_workspace_len(&self, step: &CpuStep, shape: AttentionShape) -> usize {
+        step.rows() * shape.out_features()
     }
 
     fn attention(
@@ -187,7 +188,7 @@ impl Backend for Cpu {
         expect_shape("qkv", (qkv.rows(), qkv.cols()), (rows, shape.qkv_features()))?;
         expect_shape("y", (y.rows(), y.cols()), (rows, shape.out_features()))?;
         store.check(layer, shape, step)?;
-        let tiled = workspace.take(self.attention_workspace_len(rows, shape))?;
+        let tiled = workspace.take(self.attention_workspace_len(step, shape))?;
         attention::attention(layer, shape, step, store, qkv.data(), qkv.row_stride(), tiled);
         let stride = y.row_stride();
         attention::untile(shape, step, tiled, y.data(), stride);

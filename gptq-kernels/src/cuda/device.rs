@@ -6,7 +6,10 @@ use cudarc::driver::{
 };
 use half::{bf16, f16};
 
-use super::driver::{Images, gpu_error, message};
+use super::{
+    driver::{Images, gpu_error, message, zeros},
+    ops::Operations,
+};
 use crate::{Device, KernelError, Unsupported};
 
 mod sealed {
@@ -63,6 +66,7 @@ impl Element for bf16 {
 pub struct CudaDevice<T: Element> {
     stream: Arc<CudaStream>,
     images: Arc<Images>,
+    operations: Arc<Operations>,
     capability: (u32, u32),
     multiprocessors: u32,
     shared_memory: usize,
@@ -118,6 +122,7 @@ impl<T: Element> CudaDevice<T> {
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         Ok(Self {
             images: Arc::new(Images::new(context)),
+            operations: Arc::default(),
             stream,
             capability,
             multiprocessors,
@@ -161,6 +166,10 @@ impl<T: Element> CudaDevice<T> {
 
     pub(super) fn images(&self) -> &Arc<Images> {
         &self.images
+    }
+
+    pub(super) fn operations(&self) -> &Operations {
+        &self.operations
     }
 
     pub(super) fn multiprocessors(&self) -> u32 {
@@ -278,16 +287,7 @@ impl<T: Element> Device for CudaDevice<T> {
     }
 
     fn alloc(&self, len: usize) -> Result<CudaBuffer<T>, KernelError> {
-        let out_of_memory = |bytes| {
-            let (free, total) = self.stream.context().mem_get_info().unwrap_or_default();
-            KernelError::OutOfGpuMemory { bytes, free, total }
-        };
-        // cudarc multiplies without a check.
-        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| out_of_memory(usize::MAX))?;
-        let slice = self.stream.alloc_zeros(len.max(1)).map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory(bytes),
-            _ => gpu_error("allocating a buffer", error),
-        })?;
+        let slice = zeros(&self.stream, len)?;
         Ok(CudaBuffer { slice, len })
     }
 
@@ -343,6 +343,10 @@ impl<T: Element> Device for CudaDevice<T> {
 
     fn reborrow<'a>(slice: &'a mut CudaMut<'_, T>) -> CudaMut<'a, T> {
         CudaMut { life: PhantomData, ..*slice }
+    }
+
+    fn as_slice<'a>(slice: &'a CudaMut<'_, T>) -> CudaRef<'a, T> {
+        CudaRef { address: slice.address, len: slice.len, stream: slice.stream, life: PhantomData }
     }
 
     fn len(slice: &CudaRef<'_, T>) -> usize {

@@ -6,7 +6,9 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, result, sys};
+use cudarc::driver::{
+    CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits, result, sys,
+};
 
 use super::image::{self, Image};
 use crate::{KernelError, Unsupported};
@@ -45,6 +47,23 @@ pub(super) fn message(error: DriverError) -> String {
         text.map_or_else(|_| format!("error {}", error.0 as u32), |text| text.to_string_lossy().into_owned())
     };
     format!("{}, {}", text(error.error_name()), text(error.error_string()))
+}
+
+/// Memory of `len` zeros; the driver allocates no empty memory, so that there is always one element.
+pub(super) fn zeros<E: DeviceRepr + ValidAsZeroBits>(
+    stream: &Arc<CudaStream>,
+    len: usize,
+) -> Result<CudaSlice<E>, KernelError> {
+    let out_of_memory = |bytes| {
+        let (free, total) = stream.context().mem_get_info().unwrap_or_default();
+        KernelError::OutOfGpuMemory { bytes, free, total }
+    };
+    // cudarc multiplies without a check.
+    let bytes = len.checked_mul(size_of::<E>()).ok_or_else(|| out_of_memory(usize::MAX))?;
+    stream.alloc_zeros(len.max(1)).map_err(|error| match error.0 {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => out_of_memory(bytes),
+        _ => gpu_error("allocating a buffer", error),
+    })
 }
 
 /// A loaded image.

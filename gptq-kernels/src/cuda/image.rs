@@ -43,6 +43,10 @@ macro_rules! images {
     };
 }
 
+const OPS: &[&str] =
+    &["embed", "rms_norm", "add_rms_norm", "add", "silu_mul", "gather", "argmax", "rope_append"];
+const ATTENTION: &[&str] = &["attention_prefill", "attention_decode"];
+
 images! {
     "plain" &["plain"] =>
         "plain-f16-2" "plain-f16-3" "plain-f16-4" "plain-f16-8"
@@ -62,6 +66,18 @@ images! {
         "marlin-f16-8-g64-sym" "marlin-f16-8-g64-asym" "marlin-f16-8-g32-sym" "marlin-f16-8-g32-asym"
         "marlin-bf16-4-g64-sym" "marlin-bf16-4-g64-asym" "marlin-bf16-4-g32-sym" "marlin-bf16-4-g32-asym"
         "marlin-bf16-8-g64-sym" "marlin-bf16-8-g64-asym" "marlin-bf16-8-g32-sym" "marlin-bf16-8-g32-asym";
+    "ops-sm80" OPS => "ops-f16-sm80" "ops-bf16-sm80";
+    "ops-sm90" OPS => "ops-f16-sm90" "ops-bf16-sm90";
+    "attention-sm80" ATTENTION =>
+        "attention-f16-32-sm80" "attention-f16-64-sm80" "attention-f16-96-sm80" "attention-f16-128-sm80"
+        "attention-f16-256-sm80"
+        "attention-bf16-32-sm80" "attention-bf16-64-sm80" "attention-bf16-96-sm80" "attention-bf16-128-sm80"
+        "attention-bf16-256-sm80";
+    "attention-sm90" ATTENTION =>
+        "attention-f16-32-sm90" "attention-f16-64-sm90" "attention-f16-96-sm90" "attention-f16-128-sm90"
+        "attention-f16-256-sm90"
+        "attention-bf16-32-sm90" "attention-bf16-64-sm90" "attention-bf16-96-sm90" "attention-bf16-128-sm90"
+        "attention-bf16-256-sm90";
 }
 
 /// The image of that name.

@@ -46,11 +46,7 @@ impl CpuStep {
     }
 
     pub(super) fn fill(&mut self, plan: &StepPlan<'_>) -> Result<(), KernelError> {
-        let rows = plan.tokens.len();
-        let argument = |what, got, limit| Err(KernelError::Argument { what, got, limit });
-        if let Some(&row) = plan.outputs.iter().find(|&&row| row as usize >= rows) {
-            return argument("output row", row as usize, rows);
-        }
+        plan.validate(PAGE_LEN)?;
         self.positions.clear();
         self.tiles.clear();
         self.pages.clear();
@@ -58,13 +54,7 @@ impl CpuStep {
         for sequence in plan.sequences {
             let row = self.positions.len();
             let end = sequence.rows.end;
-            if sequence.rows.start != row || end < row || end > rows {
-                return argument("first row of a sequence", sequence.rows.start, row + 1);
-            }
             let len = sequence.past + (end - row);
-            if len > sequence.pages.len() * PAGE_LEN {
-                return argument("position", len, sequence.pages.len() * PAGE_LEN + 1);
-            }
             let first_page = self.pages.len();
             self.pages.extend_from_slice(sequence.pages);
             self.positions.extend((sequence.past..len).map(|position| position as u32));
@@ -87,13 +77,7 @@ impl CpuStep {
                 position += count;
             }
         }
-        if self.positions.len() != rows {
-            return argument("rows covered by sequences", self.positions.len(), rows);
-        }
         self.writes.sort_unstable_by_key(|write| write.page);
-        if let Some(pair) = self.writes.windows(2).find(|pair| pair[0].page == pair[1].page) {
-            return argument("page written by two sequences", pair[0].page, 0);
-        }
         self.tokens.clear();
         self.tokens.extend_from_slice(plan.tokens);
         self.outputs.clear();

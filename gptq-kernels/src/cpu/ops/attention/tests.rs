@@ -50,7 +50,7 @@ impl Fixture {
         )
         .unwrap();
         let mut y = vec![0.0; rows * shape.out_features()];
-        let mut workspace = Workspace::new(&Cpu, Cpu.attention_workspace_len(rows, shape)).unwrap();
+        let mut workspace = Workspace::new(&Cpu, Cpu.attention_workspace_len(&step, shape)).unwrap();
         Cpu.attention(
             layer,
             shape,

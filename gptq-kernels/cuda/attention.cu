@@ -1,0 +1,375 @@
+// Causal attention over the paged store; what is computed of a page, and in which order pages are merged, is in `page.cuh`.
+//
+// `prefill` does any step: a block has 64 queries of a tile of rows and walks over their pages, two of which are on their
+// way at a time. `decode` does steps in which every sequence has one row, rotates queries and keys and writes the new ones
+// itself: a block has a chunk of four pages, a warp each, and fetches them ahead of the wait for the kernel before it, since
+// all but the new token has been there since an earlier step; the last block of a row and head merges the chunks.
+#include "page.cuh"
+
+struct AttentionArgs {
+    const u16* qkv;         // (rows, (heads + 2 kv_heads) * head_dim)
+    u16* y;                 // (rows, heads * head_dim)
+    const u64* store;       // addresses of the layer's keys and values
+    const u32* positions;   // (rows)
+    const u32* page_bases;  // (rows)
+    const u32* pages;
+    const Tile* tiles;
+    const float* cos;       // (positions, head_dim / 2)
+    const float* sin;
+    float* partials;        // decode: (rows, heads, chunks, padded) sums, then (rows, heads, chunks, 2) states
+    u32* tickets;           // decode: (gridDim.y), zero before and after
+    u64 stride, y_stride;
+    u32 rows, heads, kv_heads, head_dim;
+    u32 window;             // 0 for none
+    u32 chunks;             // decode: for which there is room
+    u32 stages;             // prefill: pages that shared memory holds, 1 or 2
+    float scale;            // log2(e) / sqrt(head_dim)
+};
+
+// First position that the row at `position` sees.
+DEVICE u32 first_seen(u32 window, u32 position) { return window != 0 && position + 1 > window ? position + 1 - window : 0; }
+
+template <u32 P>
+DEVICE const u16* page_of(const AttentionArgs& args, u32 which, u32 page, u32 kv_head) {
+    return (const u16*)args.store[which] + (u64)(page * args.kv_heads + kv_head) * PAGE_LEN * P;
+}
+
+template <class Half, u32 P>
+DEVICE void prefill(const AttentionArgs& args) {
+    constexpr u32 WARPS = 4, THREADS = WARPS * 32, ROW = P * 2;
+    extern __shared__ __align__(128) u8 shared_memory[];
+    const u32 shared = shared_address(shared_memory), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // Shared memory: queries, sums of the chunks that are done, one page or two.
+    const u32 queries = shared + warp * QUERIES * ROW, done = shared + WARPS * QUERIES * ROW + threadIdx.x * 16;
+    const u32 ring = shared + WARPS * QUERIES * ROW + P / 8 * THREADS * 16;
+    release_next();
+    await_previous();
+
+    const u32 group = args.heads / args.kv_heads, kv_head = blockIdx.y / group, part = blockIdx.y % group;
+    const Tile tile = args.tiles[gridDim.x - 1 - blockIdx.x];  // long ones first
+    const u32 first_query = part * WARPS * QUERIES, tile_queries = tile.rows * group;
+    if (first_query >= tile_queries) return;
+    const u32 last_query = min(first_query + WARPS * QUERIES, tile_queries) - 1;
+    const u32 block_first = first_seen(args.window, tile.position + first_query / group);
+    const u32 block_end = tile.position + last_query / group + 1;
+    const u32 first_page = block_first / PAGE_LEN, end_page = (block_end + PAGE_LEN - 1) / PAGE_LEN;
+    const u32* table = args.pages + tile.page_base;
+
+    auto stage_of = [&](u32 page) { return ring + (args.stages == 2 ? page % 2 * Page<P>::BYTES : 0); };
+    auto fetch = [&](u32 page) {
+        const u32 to = stage_of(page);
+        fetch_keys<P>(to, page_of<P>(args, 0, table[page], kv_head), lane, warp, WARPS);
+        fetch_values<P>(to + Page<P>::HALF_BYTES, page_of<P>(args, 1, table[page], kv_head), lane, warp, WARPS);
+    };
+    fetch(first_page);
+    commit_copies();
+
+    const u32 warp_query = first_query + warp * QUERIES;
+    for (u32 i = lane; i < QUERIES * P; i += 32) {
+        const u32 query = warp_query + i / P, d = i % P;
+        const bool there = query < tile_queries && d < args.head_dim;
+        const u16* from = args.qkv + (tile.row + query / group) * args.stride + (kv_head * group + query % group) * args.head_dim;
+        store_shared_2(queries + i * 2, there ? from[d] : (u16)0);
+    }
+    __syncwarp();
+    u32 q[P / 16][4];
+    if (P <= 128) load_queries<P>(q, queries, ROW, lane);
+
+    // What each of the lane's two queries sees.
+    u32 seen[2], end[2];
+    bool there[2];
+    for (u32 h = 0; h < 2; ++h) {
+        const u32 query = warp_query + lane / 4 + 8 * h, position = tile.position + min(query, tile_queries - 1) / group;
+        there[h] = query < tile_queries;
+        seen[h] = first_seen(args.window, position), end[h] = position + 1;
+    }
+    const u32 warp_end = warp_query < tile_queries ? tile.position + (min(warp_query + QUERIES, tile_queries) - 1) / group + 1 : 0;
+
+    float sum[P / 8][4];
+    State state = empty_state(), total = empty_state();
+#pragma unroll
+    for (u32 n = 0; n < P / 8; ++n) {
+        for (u32 e = 0; e < 4; ++e) sum[n][e] = 0.0f;
+        store_shared_16(done + n * THREADS * 16, {0, 0, 0, 0});
+    }
+    // Merges the chunk into those that are done.
+    auto finish_chunk = [&] {
+        float a[2], b[2];
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            merge_factors(total.max[h], state.max[h], a[h], b[h]);
+            total.sum[h] = merged(total.sum[h], a[h], state.sum[h], b[h]);
+        }
+#pragma unroll
+        for (u32 n = 0; n < P / 8; ++n) {
+            const uint4 raw = load_shared_16(done + n * THREADS * 16);
+            const u32 old[4] = {raw.x, raw.y, raw.z, raw.w};
+            u32 out[4];
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e) {
+                out[e] = __float_as_uint(merged(__uint_as_float(old[e]), a[e / 2], sum[n][e], b[e / 2]));
+                sum[n][e] = 0.0f;
+            }
+            store_shared_16(done + n * THREADS * 16, {out[0], out[1], out[2], out[3]});
+        }
+        state = empty_state();
+    };
+
+#pragma unroll 1
+    for (u32 page = first_page; page < end_page; ++page) {
+        if (args.stages == 2) {
+            if (page + 1 < end_page) fetch(page + 1);
+            commit_copies();
+            wait_for_groups<1>();
+        } else {
+            if (page > first_page) fetch(page);
+            commit_copies();
+            wait_for_groups<0>();
+        }
+        const u32 keys = stage_of(page), values = keys + Page<P>::HALF_BYTES, start = page * PAGE_LEN;
+        if (start + PAGE_LEN > block_end) clear_values<P>(values, lane, warp, WARPS, block_end - start);
+        __syncthreads();
+        if (start < warp_end) {
+            i32 page_first[2], page_end[2];
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) page_first[h] = (i32)seen[h] - (i32)start, page_end[h] = (i32)end[h] - (i32)start;
+            u32 weights[4][4];
+            if (P > 128) load_queries<P>(q, queries, ROW, lane);
+            const State later = page_weights<Half, P>(weights, q, keys, lane, args.scale, page_first, page_end);
+            float a[2], b[2];
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+                merge_factors(state.max[h], later.max[h], a[h], b[h]);
+                state.sum[h] = merged(state.sum[h], a[h], later.sum[h], b[h]);
+            }
+#pragma unroll
+            for (u32 n = 0; n < P / 8; ++n) {
+                float part_sum[4];
+                page_sum<Half>(part_sum, weights, values, lane, n);
+#pragma unroll
+                for (u32 e = 0; e < 4; ++e) sum[n][e] = merged(sum[n][e], a[e / 2], part_sum[e], b[e / 2]);
+            }
+        }
+        if (page % CHUNK_PAGES == CHUNK_PAGES - 1 || page + 1 == end_page) finish_chunk();
+        __syncthreads();
+    }
+
+    const float inverse[2] = {1.0f / total.sum[0], 1.0f / total.sum[1]};
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        if (!there[h]) continue;
+        const u32 query = warp_query + lane / 4 + 8 * h;
+        u16* to = args.y + (tile.row + query / group) * args.y_stride + (kv_head * group + query % group) * args.head_dim;
+#pragma unroll
+        for (u32 n = 0; n < P / 8; ++n) {
+            const uint4 raw = load_shared_16(done + n * THREADS * 16);
+            const float x[2] = {__uint_as_float(h == 0 ? raw.x : raw.z), __uint_as_float(h == 0 ? raw.y : raw.w)};
+#pragma unroll
+            for (u32 e = 0; e < 2; ++e) {
+                const u32 d = 8 * n + lane % 4 * 2 + e;
+                if (d < args.head_dim) to[d] = Half::from_float(__fmul_rn(x[e], inverse[h]));
+            }
+        }
+    }
+}
+
+template <class Half, u32 P>
+DEVICE void decode(const AttentionArgs& args) {
+    constexpr u32 THREADS = CHUNK_PAGES * 32, ROW = P * 2;
+    extern __shared__ __align__(128) u8 shared_memory[];
+    const u32 shared = shared_address(shared_memory), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // Shared memory: a page for each warp, later the sums of its queries; queries; the new key and value; states.
+    const u32 keys = shared + warp * Page<P>::BYTES, values = keys + Page<P>::HALF_BYTES;
+    const u32 queries = shared + CHUNK_PAGES * Page<P>::BYTES, new_key = queries + QUERIES * ROW, new_value = new_key + ROW;
+    const u32 states = new_value + ROW;
+    release_next();
+
+    const u32 group = args.heads / args.kv_heads, parts = (group + QUERIES - 1) / QUERIES;
+    const u32 row = blockIdx.y / (args.kv_heads * parts), part = blockIdx.y % parts, kv_head = blockIdx.y / parts % args.kv_heads;
+    const u32 first_head = kv_head * group + part * QUERIES;
+    const u32 count = min((u32)QUERIES, (kv_head + 1) * group - first_head);
+    const u32 position = args.positions[row];
+    const u32 first = first_seen(args.window, position), first_page = first / PAGE_LEN, last_page = position / PAGE_LEN;
+    const u32 first_chunk = first_page / CHUNK_PAGES, chunk = first_chunk + blockIdx.x;
+    const u32 chunks = last_page / CHUNK_PAGES - first_chunk + 1;
+    if (blockIdx.x >= chunks) return;  // those of chunk 0 wait, so that the grid never ends before the one in front of it
+    const u32 page = chunk * CHUNK_PAGES + warp;
+    const bool active = page >= first_page && page <= last_page, newest = page == last_page;
+    const u32* table = args.pages + args.page_bases[row];
+    if (active) {
+        fetch_keys<P>(keys, page_of<P>(args, 0, table[page], kv_head), lane, 0, 1);
+        commit_copies();
+        fetch_values<P>(values, page_of<P>(args, 1, table[page], kv_head), lane, 0, 1);
+        commit_copies();
+    }
+    const u32 half = args.head_dim / 2;
+    const float* cos = args.cos + (u64)position * half;
+    const float* sin = args.sin + (u64)position * half;
+    await_previous();
+
+    // Queries, rotated; the new key, rotated, and the new value. Features of padding are zero.
+    const u16* qkv = args.qkv + row * args.stride;
+    for (u32 i = threadIdx.x; i < QUERIES * (P / 2); i += THREADS) {
+        const u32 query = i / (P / 2), d = i % (P / 2);
+        if (d < half) {
+            float a = 0.0f, b = 0.0f;
+            if (query < count) {
+                const u16* from = qkv + (first_head + query) * args.head_dim + d;
+                a = Half::to_float(from[0]), b = Half::to_float(from[half]);
+                rotate(a, b, cos[d], sin[d]);
+            }
+            store_shared_2(queries + query * ROW + d * 2, Half::from_float(a));
+            store_shared_2(queries + query * ROW + (d + half) * 2, Half::from_float(b));
+        } else {
+            store_shared_4(queries + query * ROW + d * 4, 0);
+        }
+    }
+    const u16* key_from = qkv + (args.heads + kv_head) * args.head_dim;
+    const u16* value_from = key_from + args.kv_heads * args.head_dim;
+    if (chunk == last_page / CHUNK_PAGES) {
+        for (u32 d = threadIdx.x; d < P / 2; d += THREADS) {
+            if (d < half) {
+                float a = Half::to_float(key_from[d]), b = Half::to_float(key_from[d + half]);
+                rotate(a, b, cos[d], sin[d]);
+                store_shared_2(new_key + d * 2, Half::from_float(a));
+                store_shared_2(new_key + (d + half) * 2, Half::from_float(b));
+            } else {
+                store_shared_4(new_key + d * 4, 0);
+            }
+        }
+        for (u32 d = threadIdx.x; d < P; d += THREADS) store_shared_2(new_value + d * 2, d < args.head_dim ? value_from[d] : (u16)0);
+    }
+    __syncthreads();
+
+    if (active) {
+        const u32 slot = position % PAGE_LEN;
+        wait_for_groups<1>();
+        if (newest) {
+            // The new key, into the pieces of the lanes that have it, and into the store.
+#pragma unroll 1
+            for (u32 i = 0; i < Page<P>::PIECES; ++i) {
+                if (key_of(i / Page<P>::PAIRS, lane) == slot)
+                    store_shared_16(keys + (i * 32 + lane) * 16, load_shared_16(new_key + (32 * (i % Page<P>::PAIRS) + lane % 4 * 8) * 2));
+            }
+            if (part == 0) {
+                u16* key = (u16*)page_of<P>(args, 0, table[page], kv_head) + slot * P;
+                u16* value = (u16*)page_of<P>(args, 1, table[page], kv_head) + slot;
+                for (u32 d = lane; d < P; d += 32) {
+                    key[d] = (u16)load_shared_2(new_key + d * 2);
+                    value[d * PAGE_LEN] = (u16)load_shared_2(new_value + d * 2);
+                }
+            }
+        }
+        u32 q[P / 16][4], weights[4][4];
+        load_queries<P>(q, queries, ROW, lane);
+        const i32 start = page * PAGE_LEN;
+        const i32 page_first[2] = {(i32)first - start, (i32)first - start};
+        const i32 page_end[2] = {(i32)position + 1 - start, (i32)position + 1 - start};
+        const State state = page_weights<Half, P>(weights, q, keys, lane, args.scale, page_first, page_end);
+        wait_for_groups<0>();
+        if (newest) {
+            clear_values<P>(values, lane, 0, 1, slot);
+#pragma unroll 1
+            for (u32 i = 0; i < Page<P>::PIECES; ++i) {
+                const u32 key = 32 * (i % 2) + lane % 4 * 8;
+                if (key == slot / 8 * 8)
+                    store_shared_2(values + (i * 32 + lane) * 16 + slot % 8 * 2, (u16)load_shared_2(new_value + (8 * (i / 2) + lane / 4) * 2));
+            }
+        }
+        // The keys are not needed any more; the sums take their place, (count, P).
+        __syncwarp();
+        const u32 c = lane / 4;
+#pragma unroll
+        for (u32 n = 0; n < P / 8; ++n) {
+            float sum[4];
+            page_sum<Half>(sum, weights, values, lane, n);
+            const u32 d = 8 * n + lane % 4 * 2;
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e) store_shared_float_if(c + e / 2 * 8 < count, keys + ((c + e / 2 * 8) * P + d + e % 2) * 4, sum[e]);
+        }
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            const u32 at = states + ((c + 8 * h) * CHUNK_PAGES + warp) * 8;
+            store_shared_float_if(lane % 4 == 0, at, state.max[h]);
+            store_shared_float_if(lane % 4 == 0, at + 4, state.sum[h]);
+        }
+    }
+    __syncthreads();
+
+    // Merge the pages of the chunk in order.
+    const u32 from = max(first_page, chunk * CHUNK_PAGES) % CHUNK_PAGES, to = min(last_page, chunk * CHUNK_PAGES + CHUNK_PAGES - 1) % CHUNK_PAGES;
+    const u64 head_rows = (u64)args.rows * args.heads;
+    u16* y = args.y + row * args.y_stride + first_head * args.head_dim;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < count * P; i += THREADS) {
+        const u32 query = i / P, d = i % P;
+        float max = NEGATIVE_INFINITY, total = 0.0f, sum = 0.0f, a, b;
+#pragma unroll 1
+        for (u32 w = from; w <= to; ++w) {
+            const u32 at = states + (query * CHUNK_PAGES + w) * 8;
+            merge_factors(max, load_shared_float(at), a, b);
+            total = merged(total, a, load_shared_float(at + 4), b);
+            sum = merged(sum, a, load_shared_float(shared + w * Page<P>::BYTES + i * 4), b);
+        }
+        if (chunks == 1) {
+            // A single chunk merges with nothing, which changes nothing.
+            if (d < args.head_dim) y[query * args.head_dim + d] = Half::from_float(__fmul_rn(sum, 1.0f / total));
+            continue;
+        }
+        const u64 head = ((u64)row * args.heads + first_head + query) * args.chunks + blockIdx.x;
+        args.partials[head * P + d] = sum;
+        if (d == 0) {
+            float* state = args.partials + head_rows * args.chunks * P + head * 2;
+            state[0] = max, state[1] = total;
+        }
+    }
+    if (chunks == 1) return;
+
+    // The block that comes last merges the chunks.
+    __shared__ u32 ticket;
+    __threadfence();
+    __syncthreads();
+    u32* tickets = args.tickets + blockIdx.y;
+    if (threadIdx.x == 0) {
+        ticket = atomicAdd(tickets, 1);
+        if (ticket == chunks - 1) *tickets = 0;
+    }
+    __syncthreads();
+    if (ticket != chunks - 1) return;
+    __threadfence();
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < count * P; i += THREADS) {
+        const u32 query = i / P, d = i % P;
+        const u64 head = ((u64)row * args.heads + first_head + query) * args.chunks;
+        const float* sums = args.partials + head * P + d;
+        const float2* chunk_states = (const float2*)(args.partials + head_rows * args.chunks * P) + head;
+        float max = NEGATIVE_INFINITY, total = 0.0f, sum = 0.0f, a, b;
+        constexpr u32 BATCH = 16;
+#pragma unroll 1
+        for (u32 start = 0; start < chunks; start += BATCH) {
+            float part[BATCH];
+            float2 state[BATCH];
+#pragma unroll
+            for (u32 k = 0; k < BATCH; ++k) {
+                const u32 at = min(start + k, chunks - 1);
+                part[k] = __ldcg(sums + (u64)at * P), state[k] = __ldcg(chunk_states + at);
+            }
+#pragma unroll
+            for (u32 k = 0; k < BATCH; ++k) {
+                if (start + k >= chunks) break;
+                merge_factors(max, state[k].x, a, b);
+                total = merged(total, a, state[k].y, b);
+                sum = merged(sum, a, part[k], b);
+            }
+        }
+        if (d < args.head_dim) y[query * args.head_dim + d] = Half::from_float(__fmul_rn(sum, 1.0f / total));
+    }
+}
+
+// One image holds one type of activations (IMAGE_HALF) and one padded head_dim (IMAGE_DIM).
+extern "C" __global__ void __launch_bounds__(128) attention_prefill(const __grid_constant__ AttentionArgs args) {
+    prefill<IMAGE_HALF, IMAGE_DIM>(args);
+}
+extern "C" __global__ void __launch_bounds__(128) attention_decode(const __grid_constant__ AttentionArgs args) {
+    decode<IMAGE_HALF, IMAGE_DIM>(args);
+}

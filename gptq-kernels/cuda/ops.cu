@@ -1,0 +1,303 @@
+// The small operations of a decoder, one row a block unless it says otherwise. Sums are in float32 in an order that
+// depends on the column alone; each element is rounded once, when it is stored.
+//
+// Images for sm_90 start before the kernel in front of them has ended; what that kernel does not write (weights, tables)
+// is fetched ahead of the wait.
+#include "decoder.cuh"
+
+constexpr u32 NONE = 0xFFFFFFFF;
+
+// y[r] = table[tokens[r]]; a token outside of the vocabulary gives NaN.
+struct EmbedArgs {
+    const u16* table;   // (vocabulary, cols)
+    const u32* tokens;  // (rows)
+    u16* y;
+    u64 y_stride;
+    u32 vocabulary, cols, vectors;
+};
+
+template <class Half>
+DEVICE void embed(const EmbedArgs& args) {
+    release_next();
+    await_previous();
+    const u32 token = args.tokens[blockIdx.x];
+    const u16* from = args.table + (u64)token * args.cols;
+    u16* to = args.y + blockIdx.x * args.y_stride;
+    for (u32 i = threadIdx.x * 8; i < args.cols; i += blockDim.x * 8) {
+        float v[8];
+        for (u32 e = 0; e < 8; ++e) v[e] = __uint_as_float(0x7FC00000);
+        if (token < args.vocabulary) load_8<Half>(v, from + i, args.cols - i, args.vectors);
+        store_8<Half>(to + i, v, args.cols - i, args.vectors);
+    }
+}
+
+constexpr u32 NORM_THREADS = 512, HELD = 4;
+
+// y = x / sqrt(mean(x^2) + eps) * weight, where x is the residual after `delta` has been added to it, if there is one.
+struct NormArgs {
+    u16* x;
+    const u16* delta;   // or null
+    const u16* weight;  // (cols)
+    u16* y;
+    u64 x_stride, delta_stride, y_stride;
+    u32 cols, vectors;
+    float eps;
+};
+
+DEVICE float block_sum(float value) {
+    __shared__ float sums[NORM_THREADS / 32];
+#pragma unroll
+    for (u32 step = 16; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < NORM_THREADS / 32; ++i) total += sums[i];
+    return total;
+}
+
+template <class Half, bool ADD>
+DEVICE void norm(const NormArgs& args) {
+    release_next();
+    u16* x = args.x + blockIdx.x * args.x_stride;
+    u16* y = args.y + blockIdx.x * args.y_stride;
+    const u16* delta = args.delta + (ADD ? blockIdx.x * args.delta_stride : 0);
+    // Thread t has elements 8 t .. 8 t + 8 of every 8 * NORM_THREADS; the first ones stay in registers.
+    float held[HELD][8], weight[HELD][8];
+#pragma unroll
+    for (u32 k = 0; k < HELD; ++k) {
+        const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
+        if (i < args.cols) load_8<Half>(weight[k], args.weight + i, args.cols - i, args.vectors);
+    }
+    await_previous();
+    auto fetch = [&](float (&v)[8], u32 i) {
+        load_8<Half>(v, x + i, args.cols - i, args.vectors);
+        if (ADD) {
+            float d[8];
+            load_8<Half>(d, delta + i, args.cols - i, args.vectors);
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e) v[e] = Half::to_float(Half::from_float(v[e] + d[e]));
+            store_8<Half>(x + i, v, args.cols - i, args.vectors);
+        }
+    };
+    float sum = 0.0f;
+    auto square = [&](const float (&v)[8]) {
+#pragma unroll
+        for (u32 e = 0; e < 8; ++e) sum = __fmaf_rn(v[e], v[e], sum);
+    };
+#pragma unroll
+    for (u32 k = 0; k < HELD; ++k) {
+        const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
+        if (i < args.cols) fetch(held[k], i), square(held[k]);
+    }
+    for (u32 i = (HELD * NORM_THREADS + threadIdx.x) * 8; i < args.cols; i += NORM_THREADS * 8) {
+        float v[8];
+        fetch(v, i);
+        square(v);
+    }
+    const float scale = 1.0f / sqrtf(block_sum(sum) / (float)args.cols + args.eps);
+    auto finish = [&](float (&v)[8], const float (&w)[8], u32 i) {
+#pragma unroll
+        for (u32 e = 0; e < 8; ++e) v[e] = v[e] * scale * w[e];
+        store_8<Half>(y + i, v, args.cols - i, args.vectors);
+    };
+#pragma unroll
+    for (u32 k = 0; k < HELD; ++k) {
+        const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
+        if (i < args.cols) finish(held[k], weight[k], i);
+    }
+    for (u32 i = (HELD * NORM_THREADS + threadIdx.x) * 8; i < args.cols; i += NORM_THREADS * 8) {
+        float v[8], w[8];
+        load_8<Half>(v, x + i, args.cols - i, args.vectors);
+        load_8<Half>(w, args.weight + i, args.cols - i, args.vectors);
+        finish(v, w, i);
+    }
+}
+
+// Element by element; block (r, c) does 8 * blockDim.x columns of row r.
+struct ElementArgs {
+    const u16* x;
+    u16* y;
+    u64 x_stride, y_stride;
+    u32 cols, vectors;  // columns of y
+};
+
+template <class Half>
+DEVICE void add(const ElementArgs& args) {
+    release_next();
+    await_previous();
+    const u32 i = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (i >= args.cols) return;
+    u16* y = args.y + blockIdx.x * args.y_stride + i;
+    float a[8], b[8];
+    load_8<Half>(a, args.x + blockIdx.x * args.x_stride + i, args.cols - i, args.vectors);
+    load_8<Half>(b, y, args.cols - i, args.vectors);
+#pragma unroll
+    for (u32 e = 0; e < 8; ++e) b[e] += a[e];
+    store_8<Half>(y, b, args.cols - i, args.vectors);
+}
+
+// y = silu(x[..cols]) * x[cols..]
+template <class Half>
+DEVICE void silu_mul(const ElementArgs& args) {
+    release_next();
+    await_previous();
+    const u32 i = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
+    if (i >= args.cols) return;
+    const u16* x = args.x + blockIdx.x * args.x_stride + i;
+    float gate[8], up[8];
+    load_8<Half>(gate, x, args.cols - i, args.vectors);
+    load_8<Half>(up, x + args.cols, args.cols - i, args.vectors && args.cols % 8 == 0);
+#pragma unroll
+    for (u32 e = 0; e < 8; ++e) gate[e] = gate[e] / (1.0f + __expf(-gate[e])) * up[e];
+    store_8<Half>(args.y + blockIdx.x * args.y_stride + i, gate, args.cols - i, args.vectors);
+}
+
+// y[i] = x[rows[i]]
+struct GatherArgs {
+    const u16* x;
+    const u32* rows;
+    u16* y;
+    u64 x_stride, y_stride;
+    u32 cols;
+};
+
+DEVICE void gather_rows(const GatherArgs& args) {
+    release_next();
+    await_previous();
+    const u16* from = args.x + args.rows[blockIdx.x] * args.x_stride;
+    u16* to = args.y + blockIdx.x * args.y_stride;
+    for (u32 i = threadIdx.x; i < args.cols; i += blockDim.x) to[i] = from[i];
+}
+
+// out[r] = index of the largest element of row r, the first of equals; NONE if the row holds a NaN.
+struct ArgmaxArgs {
+    const u16* x;
+    u32* out;
+    u64 x_stride;
+    u32 cols, vectors;
+};
+
+constexpr u32 ARGMAX_THREADS = 1024;
+
+struct Best {
+    float value;
+    u32 index;  // NONE: none yet
+    bool nan;
+};
+
+DEVICE void improve(Best& best, float value, u32 index, bool nan) {
+    best.nan |= nan;
+    const bool better = index != NONE && (best.index == NONE || value > best.value || (value == best.value && index < best.index));
+    if (better) best.value = value, best.index = index;
+}
+
+template <class Half>
+DEVICE void argmax(const ArgmaxArgs& args) {
+    release_next();
+    await_previous();
+    const u16* x = args.x + blockIdx.x * args.x_stride;
+    Best best = {0.0f, NONE, false};
+#pragma unroll 4
+    for (u32 i = threadIdx.x * 8; i < args.cols; i += ARGMAX_THREADS * 8) {
+        float v[8];
+        load_8<Half>(v, x + i, args.cols - i, args.vectors);
+        const u32 count = min(8u, args.cols - i);
+#pragma unroll
+        for (u32 e = 0; e < 8; ++e)
+            if (e < count) improve(best, v[e], i + e, v[e] != v[e]);
+    }
+    auto across = [&](u32 lanes) {
+        for (u32 step = lanes / 2; step > 0; step /= 2) {
+            const float value = __shfl_xor_sync(~0u, best.value, step);
+            const u32 index = __shfl_xor_sync(~0u, best.index, step);
+            improve(best, value, index, __shfl_xor_sync(~0u, (u32)best.nan, step));
+        }
+    };
+    __shared__ Best warps[ARGMAX_THREADS / 32];
+    across(32);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = best;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    best = warps[threadIdx.x];
+    across(32);
+    if (threadIdx.x == 0) args.out[blockIdx.x] = best.nan ? NONE : best.index;
+}
+
+// Rotates queries and keys in place and writes keys and values to their pages. The first `rows` blocks take a row each;
+// after them come blocks that transpose the values of one tile and head.
+struct RopeArgs {
+    u16* qkv;                // (rows, (heads + 2 kv_heads) * head_dim)
+    const u64* store;        // addresses of the layer's keys and values
+    const u32* positions;    // (rows)
+    const u32* page_bases;   // (rows)
+    const u32* pages;
+    const Tile* tiles;
+    const float* cos;        // (positions, head_dim / 2)
+    const float* sin;
+    u64 stride;
+    u32 rows, heads, kv_heads, head_dim, padded;
+};
+
+template <class Half>
+DEVICE void rope_append(const RopeArgs& args) {
+    release_next();
+    await_previous();
+    const u32 half = args.head_dim / 2;
+    if (blockIdx.x < args.rows) {
+        u16* row = args.qkv + blockIdx.x * args.stride;
+        const u32 position = args.positions[blockIdx.x];
+        const u32 page = args.pages[args.page_bases[blockIdx.x] + position / PAGE_LEN];
+        u16* keys = (u16*)args.store[0] + ((u64)page * args.kv_heads * PAGE_LEN + position % PAGE_LEN) * args.padded;
+        for (u32 i = threadIdx.x; i < (args.heads + args.kv_heads) * half; i += blockDim.x) {
+            const u32 head = i / half, d = i % half;
+            u16* at = row + head * args.head_dim + d;
+            float a = Half::to_float(at[0]), b = Half::to_float(at[half]);
+            rotate(a, b, args.cos[(u64)position * half + d], args.sin[(u64)position * half + d]);
+            const u16 first = Half::from_float(a), second = Half::from_float(b);
+            at[0] = first, at[half] = second;
+            if (head >= args.heads) {
+                u16* key = keys + (u64)(head - args.heads) * PAGE_LEN * args.padded + d;
+                key[0] = first, key[half] = second;
+            }
+        }
+        return;
+    }
+    const u32 job = blockIdx.x - args.rows, head = job % args.kv_heads;
+    const Tile tile = args.tiles[job / args.kv_heads];
+    const u16* values = args.qkv + tile.row * args.stride + (args.heads + args.kv_heads + head) * args.head_dim;
+    // Eight positions at a time, aligned to eight, so that whole ones are one store.
+    const u32 first = tile.position / 8, groups = (tile.position + tile.rows + 7) / 8 - first;
+    for (u32 i = threadIdx.x; i < groups * args.head_dim; i += blockDim.x) {
+        const u32 d = i % args.head_dim, position = (first + i / args.head_dim) * 8;
+        const u32 page = args.pages[tile.page_base + position / PAGE_LEN];
+        u16* to = (u16*)args.store[1] + ((u64)(page * args.kv_heads + head) * args.padded + d) * PAGE_LEN + position % PAGE_LEN;
+        u16 v[8];
+        bool whole = true;
+#pragma unroll
+        for (u32 e = 0; e < 8; ++e) {
+            const u32 row = position + e - tile.position;  // wraps around for positions before the tile
+            const bool there = row < tile.rows;
+            v[e] = there ? values[row * args.stride + d] : (u16)0;
+            whole &= there;
+        }
+        if (whole) {
+            *(uint4*)to = {v[0] | (u32)v[1] << 16, v[2] | (u32)v[3] << 16, v[4] | (u32)v[5] << 16, v[6] | (u32)v[7] << 16};
+        } else {
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e)
+                if (position + e - tile.position < tile.rows) to[e] = v[e];
+        }
+    }
+}
+
+#define OP(THREADS, NAME, ARGS, CALL) \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ ARGS args) { CALL(args); }
+OP(512, embed, EmbedArgs, embed<IMAGE_HALF>)
+OP(NORM_THREADS, rms_norm, NormArgs, (norm<IMAGE_HALF, false>))
+OP(NORM_THREADS, add_rms_norm, NormArgs, (norm<IMAGE_HALF, true>))
+OP(256, add, ElementArgs, add<IMAGE_HALF>)
+OP(256, silu_mul, ElementArgs, silu_mul<IMAGE_HALF>)
+OP(512, gather, GatherArgs, gather_rows)
+OP(ARGMAX_THREADS, argmax, ArgmaxArgs, argmax<IMAGE_HALF>)
+OP(256, rope_append, RopeArgs, rope_append<IMAGE_HALF>)

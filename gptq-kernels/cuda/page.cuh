@@ -1,0 +1,173 @@
+// Attention over one page: 64 keys of one head, and 16 queries of a warp.
+//
+// Softmax is done anew in every page; what pages give is merged in order of their positions, first the four pages of a
+// chunk, then the chunks. That order depends on positions alone, so that it does not matter to a bit which warp, block or
+// kernel computes a page, nor what other queries there are: a page that a query does not see changes nothing exactly.
+//
+// Keys and values go through shared memory in pieces of 16 bytes, one for each lane, in the order in which lanes use them:
+// piece i of lane l lies at (i * 32 + l) * 16, whoever fetches it. The products are m16n8k16; their inner index is permuted
+// so that a lane's operands for two steps are 16 consecutive bytes. With c = l / 4 and t = l % 4:
+//
+//     keys,   piece nt * PAIRS + j:  key 32 (nt / 4) + 8 (c / 2) + 2 (nt % 4) + c % 2, features 32 j + 8 t .. + 8
+//     values, piece 2 n + h:         feature 8 n + c, keys 32 h + 8 t .. + 8
+//
+// so that score s[nt][e] belongs to key 32 (nt / 4) + 8 t + 2 (nt % 4) + e % 2 and query c + 8 (e / 2), and scores become the
+// other product's operand where they are.
+#pragma once
+#include "decoder.cuh"
+
+constexpr u32 CHUNK_PAGES = 4;
+constexpr u32 QUERIES = 16;
+
+#define NEGATIVE_INFINITY __uint_as_float(0xFF800000)
+
+DEVICE float exp2_fast(float x) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+template <u32 P>
+struct Page {
+    static constexpr u32 PAIRS = P / 32, PIECES = 8 * PAIRS;  // of keys, and as many of values
+    static constexpr u32 HALF_BYTES = PIECES * 512, BYTES = 2 * HALF_BYTES;
+};
+
+// The key of a page that lane `lane` holds in pieces of n-tile `nt`.
+DEVICE u32 key_of(u32 nt, u32 lane) { return 32 * (nt / 4) + lane / 8 * 8 + 2 * (nt % 4) + lane / 4 % 2; }
+
+// Starts fetching pieces `first`, `first + step` ... of the keys.
+template <u32 P>
+DEVICE void fetch_keys(u32 to, const u16* keys, u32 lane, u32 first, u32 step) {
+#pragma unroll 4
+    for (u32 i = first; i < Page<P>::PIECES; i += step) {
+        const u32 nt = i / Page<P>::PAIRS, j = i % Page<P>::PAIRS;
+        copy_16(to + (i * 32 + lane) * 16, keys + key_of(nt, lane) * P + 32 * j + lane % 4 * 8);
+    }
+}
+
+template <u32 P>
+DEVICE void fetch_values(u32 to, const u16* values, u32 lane, u32 first, u32 step) {
+#pragma unroll 4
+    for (u32 i = first; i < Page<P>::PIECES; i += step)
+        copy_16(to + (i * 32 + lane) * 16, values + (8 * (i / 2) + lane / 4) * PAGE_LEN + 32 * (i % 2) + lane % 4 * 8);
+}
+
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <u32 PENDING>
+DEVICE void wait_for_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+DEVICE void store_shared_16(u32 address, const uint4& v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Zeros the values of keys from `end` on in the lane's own pieces: their weight is zero, but they may hold anything.
+template <u32 P>
+DEVICE void clear_values(u32 values, u32 lane, u32 first, u32 step, u32 end) {
+#pragma unroll 1
+    for (u32 i = first; i < Page<P>::PIECES; i += step) {
+        const u32 key = 32 * (i % 2) + lane % 4 * 8;
+        if (key + 8 <= end) continue;
+        const u32 left = end > key ? end - key : 0, at = values + (i * 32 + lane) * 16;
+        for (u32 e = left; e < 8; ++e) store_shared_2(at + e * 2, 0);
+    }
+}
+
+// Softmax state of the two queries of a lane, c and c + 8.
+struct State {
+    float max[2], sum[2];
+};
+
+DEVICE State empty_state() { return {{NEGATIVE_INFINITY, NEGATIVE_INFINITY}, {0.0f, 0.0f}}; }
+
+// Factors of two states that are merged, the earlier and the later; `max` becomes the common maximum.
+DEVICE void merge_factors(float& max, float later, float& earlier_factor, float& later_factor) {
+    const float common = fmaxf(max, later), safe = common == NEGATIVE_INFINITY ? 0.0f : common;
+    earlier_factor = exp2_fast(max - safe), later_factor = exp2_fast(later - safe);
+    max = common;
+}
+
+DEVICE float merged(float earlier, float earlier_factor, float later, float later_factor) {
+    return __fmaf_rn(later, later_factor, __fmul_rn(earlier, earlier_factor));
+}
+
+// Fragments of 16 queries, from rows of P elements in shared memory that are `stride` bytes apart.
+template <u32 P>
+DEVICE void load_queries(u32 (&q)[P / 16][4], u32 queries, u32 stride, u32 lane) {
+#pragma unroll
+    for (u32 j = 0; j < P / 32; ++j) {
+        const u32 at = queries + lane / 4 * stride + (32 * j + lane % 4 * 8) * 2;
+        const uint4 a = load_shared_16(at), b = load_shared_16(at + 8 * stride);
+        q[2 * j][0] = a.x, q[2 * j][1] = b.x, q[2 * j][2] = a.y, q[2 * j][3] = b.y;
+        q[2 * j + 1][0] = a.z, q[2 * j + 1][1] = b.z, q[2 * j + 1][2] = a.w, q[2 * j + 1][3] = b.w;
+    }
+}
+
+// Numerators of the softmax over the page as the operand of the second product. `first` and `end` say for both queries
+// of the lane which keys of the page they see. `scale` includes log2(e).
+template <class Half, u32 P>
+DEVICE State page_weights(u32 (&weights)[4][4], const u32 (&q)[P / 16][4], u32 keys, u32 lane, float scale,
+                          const i32 (&first)[2], const i32 (&end)[2]) {
+    float s[8][4];
+#pragma unroll
+    for (u32 nt = 0; nt < 8; ++nt) {
+#pragma unroll
+        for (u32 e = 0; e < 4; ++e) s[nt][e] = 0.0f;
+#pragma unroll
+        for (u32 j = 0; j < P / 32; ++j) {
+            const uint4 k = load_shared_16(keys + ((nt * (P / 32) + j) * 32 + lane) * 16);
+            Half::mma(s[nt], q[2 * j], k.x, k.y);
+            Half::mma(s[nt], q[2 * j + 1], k.z, k.w);
+        }
+    }
+    State state = empty_state();
+#pragma unroll
+    for (u32 nt = 0; nt < 8; ++nt) {
+#pragma unroll
+        for (u32 e = 0; e < 4; ++e) {
+            const i32 key = 32 * (nt / 4) + lane % 4 * 8 + 2 * (nt % 4) + e % 2;
+            const bool seen = key >= first[e / 2] && key < end[e / 2];
+            s[nt][e] = seen ? __fmul_rn(s[nt][e], scale) : NEGATIVE_INFINITY;
+            state.max[e / 2] = fmaxf(state.max[e / 2], s[nt][e]);
+        }
+    }
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        state.max[h] = fmaxf(state.max[h], __shfl_xor_sync(~0u, state.max[h], 1));
+        state.max[h] = fmaxf(state.max[h], __shfl_xor_sync(~0u, state.max[h], 2));
+    }
+    const float safe[2] = {state.max[0] == NEGATIVE_INFINITY ? 0.0f : state.max[0],
+                           state.max[1] == NEGATIVE_INFINITY ? 0.0f : state.max[1]};
+#pragma unroll
+    for (u32 nt = 0; nt < 8; ++nt) {
+#pragma unroll
+        for (u32 e = 0; e < 4; ++e) {
+            s[nt][e] = exp2_fast(__fsub_rn(s[nt][e], safe[e / 2]));
+            state.sum[e / 2] = __fadd_rn(state.sum[e / 2], s[nt][e]);
+        }
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) weights[nt / 2][nt % 2 * 2 + h] = pack<Half>(s[nt][2 * h], s[nt][2 * h + 1]);
+    }
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        state.sum[h] = __fadd_rn(state.sum[h], __shfl_xor_sync(~0u, state.sum[h], 1));
+        state.sum[h] = __fadd_rn(state.sum[h], __shfl_xor_sync(~0u, state.sum[h], 2));
+    }
+    return state;
+}
+
+// Features 8 n .. 8 n + 8 of the weighted sum: those of query c in [0], [1], of query c + 8 in [2], [3].
+template <class Half>
+DEVICE void page_sum(float (&sum)[4], const u32 (&weights)[4][4], u32 values, u32 lane, u32 n) {
+#pragma unroll
+    for (u32 e = 0; e < 4; ++e) sum[e] = 0.0f;
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        const uint4 v = load_shared_16(values + ((2 * n + h) * 32 + lane) * 16);
+        Half::mma(sum, weights[2 * h], v.x, v.y);
+        Half::mma(sum, weights[2 * h + 1], v.z, v.w);
+    }
+}

@@ -1,0 +1,193 @@
+//! The operations of a decoder on a GPU. The kernels are `cuda/ops.cu` and `cuda/attention.cu`.
+//!
+//! # Equal bits
+//!
+//! Every operation computes a row from that row, and attention a query from its own sequence, in an order that depends on
+//! columns and positions alone: in any batch, however the prompt is cut into steps, and for one token or many, the bits are
+//! the same. That holds between the two attention kernels too, because both do a page of 64 keys with the same
+//! instructions and merge pages in the order of their positions.
+//!
+//! # Recording
+//!
+//! A step in which every sequence has one row is recorded in a CUDA graph when its shape comes for the second time, and
+//! replayed from then on. The shape is the number of rows and of outputs and the number of chunks of 256 positions,
+//! rounded up to a power of two. Everything else is read from device memory.
+
+mod attention;
+mod element;
+mod functions;
+mod kv;
+mod recording;
+mod step;
+mod tables;
+
+pub use kv::CudaKvStore;
+pub use recording::CudaRecordings;
+pub use step::CudaStep;
+pub use tables::{CudaEmbedding, CudaRope};
+
+pub(super) use functions::Operations;
+
+use super::{CudaDevice, CudaRef, Element};
+use crate::{
+    AttentionShape, Backend, DenseWeight, KernelError, KvShape, LinearKernel, MatMut, MatRef, StepPlan,
+    Workspace,
+};
+
+/// Fails unless a matrix is `rows x cols`.
+fn expect_shape(
+    argument: &'static str,
+    (got_rows, got_cols): (usize, usize),
+    (rows, cols): (usize, usize),
+) -> Result<(), KernelError> {
+    if (got_rows, got_cols) == (rows, cols) {
+        return Ok(());
+    }
+    Err(KernelError::Shape { argument, rows, cols, got_rows, got_cols })
+}
+
+/// Fails unless `got` is below `limit`.
+fn expect_below(what: &'static str, got: usize, limit: usize) -> Result<(), KernelError> {
+    if got < limit { Ok(()) } else { Err(KernelError::Argument { what, got, limit }) }
+}
+
+impl<T: Element> Backend for CudaDevice<T> {
+    type Embedding = CudaEmbedding;
+    type Rope = CudaRope;
+    type KvStore = CudaKvStore<T>;
+    type Step = CudaStep;
+    type Recordings = CudaRecordings;
+
+    const PAGE_LEN: usize = step::PAGE_LEN;
+
+    fn replay<E: From<KernelError> + Send>(
+        &self,
+        recordings: &mut CudaRecordings,
+        owner: u64,
+        step: &CudaStep,
+        work: impl FnOnce() -> Result<(), E> + Send,
+    ) -> Result<(), E> {
+        recordings.replay(self.stream(), owner, step, work)
+    }
+
+    fn kernels(&self) -> Vec<Box<dyn LinearKernel<Self>>> {
+        super::kernels(self)
+    }
+
+    fn embedding(&self, weight: &DenseWeight<'_>) -> Result<CudaEmbedding, KernelError> {
+        CudaEmbedding::new(self, weight)
+    }
+
+    fn rope(&self, cos: &[f32], sin: &[f32], head_dim: usize) -> Result<CudaRope, KernelError> {
+        CudaRope::new(self.stream(), cos, sin, head_dim)
+    }
+
+    fn kv_store(&self, shape: KvShape) -> Result<CudaKvStore<T>, KernelError> {
+        CudaKvStore::new(self.stream(), shape)
+    }
+
+    fn grow_kv(&self, store: &mut CudaKvStore<T>, pages: usize) -> Result<(), KernelError> {
+        store.grow(self.stream(), pages)
+    }
+
+    fn new_step(&self) -> Result<CudaStep, KernelError> {
+        CudaStep::new(self.stream())
+    }
+
+    fn set_step(&self, step: &mut CudaStep, plan: &StepPlan<'_>) -> Result<(), KernelError> {
+        step.fill(self.stream(), plan)
+    }
+
+    fn embed(&self, table: &CudaEmbedding, step: &CudaStep, y: MatMut<'_, Self>) -> Result<(), KernelError> {
+        element::embed(self, table, step, y)
+    }
+
+    fn rms_norm(
+        &self,
+        x: MatRef<'_, Self>,
+        weight: CudaRef<'_, T>,
+        eps: f32,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        element::rms_norm(self, x, weight, eps, y)
+    }
+
+    fn add_rms_norm(
+        &self,
+        residual: MatMut<'_, Self>,
+        delta: MatRef<'_, Self>,
+        weight: CudaRef<'_, T>,
+        eps: f32,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        element::add_rms_norm(self, residual, delta, weight, eps, y)
+    }
+
+    fn add(&self, x: MatRef<'_, Self>, y: MatMut<'_, Self>) -> Result<(), KernelError> {
+        element::add(self, x, y)
+    }
+
+    fn rope_append(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        step: &CudaStep,
+        rope: &CudaRope,
+        qkv: MatMut<'_, Self>,
+        store: &mut CudaKvStore<T>,
+    ) -> Result<(), KernelError> {
+        attention::rope_append(self, layer, shape, step, rope, qkv, store)
+    }
+
+    fn attention_workspace_len(&self, step: &CudaStep, shape: AttentionShape) -> usize {
+        attention::workspace_len(self, step, shape)
+    }
+
+    fn attention(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        step: &CudaStep,
+        store: &CudaKvStore<T>,
+        qkv: MatRef<'_, Self>,
+        y: MatMut<'_, Self>,
+        _: &mut Workspace<Self>,
+    ) -> Result<(), KernelError> {
+        attention::prefill(self, layer, shape, step, store, qkv, y)
+    }
+
+    fn attend(
+        &self,
+        layer: usize,
+        shape: AttentionShape,
+        step: &CudaStep,
+        rope: &CudaRope,
+        mut qkv: MatMut<'_, Self>,
+        store: &mut CudaKvStore<T>,
+        y: MatMut<'_, Self>,
+        workspace: &mut Workspace<Self>,
+    ) -> Result<(), KernelError> {
+        if attention::decodes(self, step, shape) {
+            return attention::decode(self, layer, shape, step, rope, store, qkv.as_ref(), y, workspace);
+        }
+        attention::rope_append(self, layer, shape, step, rope, qkv.reborrow(), store)?;
+        attention::prefill(self, layer, shape, step, store, qkv.as_ref(), y)
+    }
+
+    fn silu_mul(&self, x: MatRef<'_, Self>, y: MatMut<'_, Self>) -> Result<(), KernelError> {
+        element::silu_mul(self, x, y)
+    }
+
+    fn gather_outputs(
+        &self,
+        step: &CudaStep,
+        x: MatRef<'_, Self>,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        element::gather_outputs(self, step, x, y)
+    }
+
+    fn argmax(&self, x: MatRef<'_, Self>, out: &mut [Option<u32>]) -> Result<(), KernelError> {
+        element::argmax(self, x, out)
+    }
+}

@@ -1,0 +1,262 @@
+use super::{
+    CudaKvStore, CudaRope, CudaStep, expect_below, expect_shape, functions::AttentionKernels, step::TICKETS,
+};
+use crate::{
+    AttentionShape, Device, KernelError, MatMut, MatRef, Workspace,
+    cuda::{CudaDevice, Element},
+};
+
+/// Threads of all kernels here but `rope_append`, as in `attention.cu`.
+const THREADS: u32 = 128;
+const ROPE_THREADS: u32 = 256;
+/// Queries of a warp, as in `page.cuh`.
+const QUERIES: usize = 16;
+/// Positions of a chunk, as in `page.cuh`.
+const CHUNK: usize = 256;
+/// Blocks along y of a grid.
+const MOST_BLOCKS: usize = 65_535;
+
+/// `RopeArgs` of `ops.cu`.
+#[repr(C)]
+struct RopeArgs {
+    qkv: u64,
+    store: u64,
+    positions: u64,
+    page_bases: u64,
+    pages: u64,
+    tiles: u64,
+    cos: u64,
+    sin: u64,
+    stride: u64,
+    rows: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    padded: u32,
+}
+
+/// `AttentionArgs` of `attention.cu`.
+#[repr(C)]
+struct AttentionArgs {
+    qkv: u64,
+    y: u64,
+    store: u64,
+    positions: u64,
+    page_bases: u64,
+    pages: u64,
+    tiles: u64,
+    cos: u64,
+    sin: u64,
+    partials: u64,
+    tickets: u64,
+    stride: u64,
+    y_stride: u64,
+    rows: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    window: u32,
+    chunks: u32,
+    stages: u32,
+    scale: f32,
+}
+
+/// Query heads that share a key-value head.
+fn group(shape: AttentionShape) -> Result<usize, KernelError> {
+    expect_below("heads", shape.heads, MOST_BLOCKS)?;
+    match shape.heads.checked_rem(shape.kv_heads) {
+        Some(0) if shape.heads > 0 => Ok(shape.heads / shape.kv_heads),
+        _ => Err(KernelError::Argument { what: "kv_heads", got: shape.kv_heads, limit: shape.heads + 1 }),
+    }
+}
+
+/// Blocks of the decoding kernel for one row and chunk.
+fn parts(shape: AttentionShape) -> usize {
+    shape.kv_heads * (shape.heads / shape.kv_heads.max(1)).div_ceil(QUERIES)
+}
+
+/// Chunks of 256 positions that a row can see.
+fn chunks(step: &CudaStep, shape: AttentionShape) -> usize {
+    let window = shape.window.map_or(usize::MAX, |window| window.div_ceil(CHUNK) + 1);
+    step.shape().chunks.min(window)
+}
+
+/// The kernels, if the decoding kernel can do the step.
+fn decoding<'a, T: Element>(
+    device: &'a CudaDevice<T>,
+    step: &CudaStep,
+    shape: AttentionShape,
+) -> Option<&'a AttentionKernels> {
+    let fits = step.shape().single && step.rows() * parts(shape) <= MOST_BLOCKS && parts(shape) <= TICKETS;
+    let kernels = if fits { device.attention_kernels(shape.head_dim).ok() } else { None };
+    kernels.filter(|kernels| kernels.decode.is_some())
+}
+
+pub(super) fn decodes<T: Element>(device: &CudaDevice<T>, step: &CudaStep, shape: AttentionShape) -> bool {
+    decoding(device, step, shape).is_some()
+}
+
+/// Partial sums and states of all chunks, where there is more than one.
+pub(super) fn workspace_len<T: Element>(
+    device: &CudaDevice<T>,
+    step: &CudaStep,
+    shape: AttentionShape,
+) -> usize {
+    match (decoding(device, step, shape), chunks(step, shape)) {
+        (Some(kernels), chunks @ 2..) => {
+            step.rows() * shape.heads * chunks * (kernels.dim + 2) * size_of::<f32>() / size_of::<T>()
+        }
+        _ => 0,
+    }
+}
+
+/// What all three operations check.
+fn check<T: Element>(
+    layer: usize,
+    shape: AttentionShape,
+    step: &CudaStep,
+    store: &CudaKvStore<T>,
+    (rows, cols): (usize, usize),
+) -> Result<usize, KernelError> {
+    expect_shape("qkv", (rows, cols), (step.rows(), shape.qkv_features()))?;
+    store.check(layer, shape, step.pages_end())?;
+    group(shape)
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn rope_append<T: Element>(
+    device: &CudaDevice<T>,
+    layer: usize,
+    shape: AttentionShape,
+    step: &CudaStep,
+    rope: &CudaRope,
+    qkv: MatMut<'_, CudaDevice<T>>,
+    store: &mut CudaKvStore<T>,
+) -> Result<(), KernelError> {
+    check(layer, shape, step, store, (qkv.rows(), qkv.cols()))?;
+    rope.check(shape.head_dim, step.end())?;
+    if step.rows() == 0 {
+        return Ok(());
+    }
+    let stride = qkv.row_stride();
+    let qkv = qkv.into_data();
+    let mut args = RopeArgs {
+        qkv: qkv.address(),
+        store: store.addresses(layer),
+        positions: step.positions(),
+        page_bases: step.page_bases(),
+        pages: step.pages(),
+        tiles: step.tiles(),
+        cos: rope.cos(),
+        sin: rope.sin(),
+        stride: stride as u64,
+        rows: step.rows() as u32,
+        heads: shape.heads as u32,
+        kv_heads: shape.kv_heads as u32,
+        head_dim: shape.head_dim as u32,
+        padded: device.attention_kernels(shape.head_dim)?.dim as u32,
+    };
+    let blocks = step.rows() + step.shape().tiles * shape.kv_heads;
+    expect_below("rows", blocks, i32::MAX as usize)?;
+    let launch = device.shape((blocks as u32, 1), ROPE_THREADS, 0);
+    // SAFETY: `RopeArgs` field by field; `check` has compared qkv and the store with the step, whose pages and positions
+    // are inside of the store and the tables; all are borrowed.
+    unsafe { device.row_kernels()?.rope_append.launch("rope_append", launch, qkv.stream(), &mut args) }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn args<T: Element>(
+    layer: usize,
+    shape: AttentionShape,
+    step: &CudaStep,
+    store: &CudaKvStore<T>,
+    qkv: &MatRef<'_, CudaDevice<T>>,
+    y: u64,
+    y_stride: usize,
+) -> AttentionArgs {
+    AttentionArgs {
+        qkv: qkv.data().address(),
+        y,
+        store: store.addresses(layer),
+        positions: step.positions(),
+        page_bases: step.page_bases(),
+        pages: step.pages(),
+        tiles: step.tiles(),
+        cos: 0,
+        sin: 0,
+        partials: 0,
+        tickets: step.tickets(),
+        stride: qkv.row_stride() as u64,
+        y_stride: y_stride as u64,
+        rows: step.rows() as u32,
+        heads: shape.heads as u32,
+        kv_heads: shape.kv_heads as u32,
+        head_dim: shape.head_dim as u32,
+        // No sequence is as long as the largest window.
+        window: shape.window.map_or(0, |window| window.min(i32::MAX as usize) as u32),
+        chunks: 0,
+        stages: 0,
+        scale: std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt(),
+    }
+}
+
+pub(super) fn prefill<T: Element>(
+    device: &CudaDevice<T>,
+    layer: usize,
+    shape: AttentionShape,
+    step: &CudaStep,
+    store: &CudaKvStore<T>,
+    qkv: MatRef<'_, CudaDevice<T>>,
+    y: MatMut<'_, CudaDevice<T>>,
+) -> Result<(), KernelError> {
+    let group = check(layer, shape, step, store, (qkv.rows(), qkv.cols()))?;
+    expect_shape("y", (y.rows(), y.cols()), (step.rows(), shape.out_features()))?;
+    if step.rows() == 0 {
+        return Ok(());
+    }
+    let kernels = device.attention_kernels(shape.head_dim)?;
+    let y_stride = y.row_stride();
+    let y = y.into_data();
+    let mut args = args(layer, shape, step, store, &qkv, y.address(), y_stride);
+    args.stages = kernels.stages;
+    let grid = (step.shape().tiles as u32, (shape.kv_heads * group) as u32);
+    let launch = device.shape(grid, THREADS, kernels.prefill_shared);
+    // SAFETY: `AttentionArgs` field by field; `check` has compared qkv and the store with the step, whose pages are inside
+    // of the store; y was compared; all are borrowed. This kernel does not use the fields that are zero.
+    unsafe { kernels.prefill.launch("attention_prefill", launch, y.stream(), &mut args) }
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(super) fn decode<T: Element>(
+    device: &CudaDevice<T>,
+    layer: usize,
+    shape: AttentionShape,
+    step: &CudaStep,
+    rope: &CudaRope,
+    store: &mut CudaKvStore<T>,
+    qkv: MatRef<'_, CudaDevice<T>>,
+    y: MatMut<'_, CudaDevice<T>>,
+    workspace: &mut Workspace<CudaDevice<T>>,
+) -> Result<(), KernelError> {
+    check(layer, shape, step, store, (qkv.rows(), qkv.cols()))?;
+    rope.check(shape.head_dim, step.end())?;
+    expect_shape("y", (y.rows(), y.cols()), (step.rows(), shape.out_features()))?;
+    if step.rows() == 0 {
+        return Ok(());
+    }
+    let kernels = device.attention_kernels(shape.head_dim)?;
+    let unfit = KernelError::Argument { what: "rows", got: step.rows(), limit: MOST_BLOCKS + 1 };
+    let (function, shared) = kernels.decode.as_ref().ok_or(unfit)?;
+    let partials = workspace.take(workspace_len(device, step, shape))?;
+    let y_stride = y.row_stride();
+    let y = y.into_data();
+    let mut args = args(layer, shape, step, store, &qkv, y.address(), y_stride);
+    let chunks = chunks(step, shape);
+    (args.cos, args.sin, args.chunks) = (rope.cos(), rope.sin(), chunks as u32);
+    args.partials = if CudaDevice::<T>::len_mut(&partials) > 0 { partials.address() } else { 0 };
+    let launch = device.shape((chunks as u32, (step.rows() * parts(shape)) as u32), THREADS, *shared);
+    // SAFETY: as in `prefill`; besides, `rope` has all positions, the partial sums have room for every chunk and the step's
+    // tickets for every row. Keys and values of earlier steps and the step are read ahead of the wait: no kernel of this
+    // step writes them, and its first waits for everything before.
+    unsafe { function.launch("attention_decode", launch, y.stream(), &mut args) }
+}

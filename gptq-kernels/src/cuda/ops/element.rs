@@ -1,0 +1,301 @@
+//! Embedding, norms and what goes element by element.
+
+use std::sync::PoisonError;
+
+use super::{CudaEmbedding, CudaStep, expect_shape};
+use crate::{
+    Device, KernelError, MatMut, MatRef,
+    cuda::{CudaDevice, CudaRef, Element, driver::Function, pinned::Readback},
+};
+
+type Read<'a, T> = MatRef<'a, CudaDevice<T>>;
+type Write<'a, T> = MatMut<'a, CudaDevice<T>>;
+
+/// Threads of the row kernels, as in `ops.cu`.
+const NORM_THREADS: u32 = 512;
+const ELEMENT_THREADS: u32 = 256;
+const ARGMAX_THREADS: u32 = 1024;
+/// What `argmax` writes for a row with a NaN.
+const NONE: u32 = u32::MAX;
+
+/// Whether all of these addresses, and strides in elements, allow vectors of 16 bytes.
+fn vectors(addresses: &[u64], strides: &[usize]) -> u32 {
+    let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
+    u32::from(aligned && strides.iter().all(|stride| stride.is_multiple_of(8)))
+}
+
+/// The stride of a matrix; that of a single row is of no use and may be anything.
+fn stride(rows: usize, stride: usize) -> usize {
+    if rows > 1 { stride } else { 0 }
+}
+
+/// Blocks along x: one for each row.
+fn rows_grid(rows: usize) -> Result<u32, KernelError> {
+    let limit = i32::MAX as usize;
+    super::expect_below("rows", rows, limit)?;
+    Ok(rows as u32)
+}
+
+/// `EmbedArgs` of `ops.cu`.
+#[repr(C)]
+struct EmbedArgs {
+    table: u64,
+    tokens: u64,
+    y: u64,
+    y_stride: u64,
+    vocabulary: u32,
+    cols: u32,
+    vectors: u32,
+}
+
+pub(super) fn embed<T: Element>(
+    device: &CudaDevice<T>,
+    table: &CudaEmbedding,
+    step: &CudaStep,
+    y: Write<'_, T>,
+) -> Result<(), KernelError> {
+    let (rows, cols) = (step.rows(), table.hidden());
+    expect_shape("y", (y.rows(), y.cols()), (rows, cols))?;
+    super::expect_below("token", step.largest_token(), table.vocabulary())?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let y_stride = stride(rows, y.row_stride());
+    let y = y.into_data();
+    let mut args = EmbedArgs {
+        table: table.address(),
+        tokens: step.tokens(),
+        y: y.address(),
+        y_stride: y_stride as u64,
+        vocabulary: table.vocabulary() as u32,
+        cols: cols as u32,
+        vectors: vectors(&[y.address(), table.address()], &[y_stride, cols]),
+    };
+    // Not before what came before has ended: later kernels of a step read the step ahead of their wait, and rely on that.
+    let launch = crate::cuda::driver::Launch {
+        programmatic: false,
+        ..device.shape((rows_grid(rows)?, 1), NORM_THREADS, 0)
+    };
+    // SAFETY: `EmbedArgs` field by field; the table and the step are of the sizes given and live as long as the stream uses
+    // them, y was checked. The kernel checks tokens again.
+    unsafe { device.row_kernels()?.embed.launch("embed", launch, y.stream(), &mut args) }
+}
+
+/// `NormArgs` of `ops.cu`.
+#[repr(C)]
+struct NormArgs {
+    x: u64,
+    delta: u64,
+    weight: u64,
+    y: u64,
+    x_stride: u64,
+    delta_stride: u64,
+    y_stride: u64,
+    cols: u32,
+    vectors: u32,
+    eps: f32,
+}
+
+#[allow(clippy::too_many_arguments)]
+fn norm<T: Element>(
+    device: &CudaDevice<T>,
+    (name, function): (&'static str, &Function),
+    x: (u64, usize),
+    delta: (u64, usize),
+    weight: CudaRef<'_, T>,
+    eps: f32,
+    y: Write<'_, T>,
+) -> Result<(), KernelError> {
+    let (rows, cols) = (y.rows(), y.cols());
+    if rows == 0 || cols == 0 {
+        return Ok(());
+    }
+    let y_stride = stride(rows, y.row_stride());
+    let y = y.into_data();
+    let (x_stride, delta_stride) = (stride(rows, x.1), stride(rows, delta.1));
+    let mut args = NormArgs {
+        x: x.0,
+        delta: delta.0,
+        weight: weight.address(),
+        y: y.address(),
+        x_stride: x_stride as u64,
+        delta_stride: delta_stride as u64,
+        y_stride: y_stride as u64,
+        cols: cols as u32,
+        vectors: vectors(&[x.0, delta.0, weight.address(), y.address()], &[x_stride, delta_stride, y_stride]),
+        eps,
+    };
+    let launch = device.shape((rows_grid(rows)?, 1), NORM_THREADS, 0);
+    // SAFETY: `NormArgs` field by field; the callers have compared all shapes, and borrow what the addresses are of. The
+    // weight is read ahead of the wait: no kernel writes it.
+    unsafe { function.launch(name, launch, y.stream(), &mut args) }
+}
+
+pub(super) fn rms_norm<T: Element>(
+    device: &CudaDevice<T>,
+    x: Read<'_, T>,
+    weight: CudaRef<'_, T>,
+    eps: f32,
+    y: Write<'_, T>,
+) -> Result<(), KernelError> {
+    expect_shape("weight", (1, CudaDevice::<T>::len(&weight)), (1, x.cols()))?;
+    expect_shape("y", (y.rows(), y.cols()), (x.rows(), x.cols()))?;
+    let function = ("rms_norm", &device.row_kernels()?.rms_norm);
+    norm(device, function, (x.data().address(), x.row_stride()), (0, 0), weight, eps, y)
+}
+
+pub(super) fn add_rms_norm<T: Element>(
+    device: &CudaDevice<T>,
+    residual: Write<'_, T>,
+    delta: Read<'_, T>,
+    weight: CudaRef<'_, T>,
+    eps: f32,
+    y: Write<'_, T>,
+) -> Result<(), KernelError> {
+    let shape = (delta.rows(), delta.cols());
+    expect_shape("weight", (1, CudaDevice::<T>::len(&weight)), (1, shape.1))?;
+    expect_shape("residual", (residual.rows(), residual.cols()), shape)?;
+    expect_shape("y", (y.rows(), y.cols()), shape)?;
+    let function = ("add_rms_norm", &device.row_kernels()?.add_rms_norm);
+    let x_stride = residual.row_stride();
+    let x = residual.into_data();
+    let delta = (delta.data().address(), delta.row_stride());
+    norm(device, function, (x.address(), x_stride), delta, weight, eps, y)
+}
+
+/// `ElementArgs` of `ops.cu`.
+#[repr(C)]
+struct ElementArgs {
+    x: u64,
+    y: u64,
+    x_stride: u64,
+    y_stride: u64,
+    cols: u32,
+    vectors: u32,
+}
+
+fn elementwise<T: Element>(
+    device: &CudaDevice<T>,
+    (name, function): (&'static str, &Function),
+    x: Read<'_, T>,
+    y: Write<'_, T>,
+) -> Result<(), KernelError> {
+    let (rows, cols) = (y.rows(), y.cols());
+    if rows == 0 || cols == 0 {
+        return Ok(());
+    }
+    let (x_stride, y_stride) = (stride(rows, x.row_stride()), stride(rows, y.row_stride()));
+    let (x, y) = (x.data(), y.into_data());
+    let mut args = ElementArgs {
+        x: x.address(),
+        y: y.address(),
+        x_stride: x_stride as u64,
+        y_stride: y_stride as u64,
+        cols: cols as u32,
+        vectors: vectors(&[x.address(), y.address()], &[x_stride, y_stride]),
+    };
+    let chunks = cols.div_ceil(8 * ELEMENT_THREADS as usize) as u32;
+    let launch = device.shape((rows_grid(rows)?, chunks), ELEMENT_THREADS, 0);
+    // SAFETY: `ElementArgs` field by field; the callers have compared the shapes.
+    unsafe { function.launch(name, launch, y.stream(), &mut args) }
+}
+
+pub(super) fn add<T: Element>(
+    device: &CudaDevice<T>,
+    x: Read<'_, T>,
+    y: Write<'_, T>,
+) -> Result<(), KernelError> {
+    expect_shape("y", (y.rows(), y.cols()), (x.rows(), x.cols()))?;
+    elementwise(device, ("add", &device.row_kernels()?.add), x, y)
+}
+
+pub(super) fn silu_mul<T: Element>(
+    device: &CudaDevice<T>,
+    x: Read<'_, T>,
+    y: Write<'_, T>,
+) -> Result<(), KernelError> {
+    expect_shape("x", (x.rows(), x.cols()), (y.rows(), 2 * y.cols()))?;
+    elementwise(device, ("silu_mul", &device.row_kernels()?.silu_mul), x, y)
+}
+
+/// `GatherArgs` of `ops.cu`.
+#[repr(C)]
+struct GatherArgs {
+    x: u64,
+    rows: u64,
+    y: u64,
+    x_stride: u64,
+    y_stride: u64,
+    cols: u32,
+}
+
+pub(super) fn gather_outputs<T: Element>(
+    device: &CudaDevice<T>,
+    step: &CudaStep,
+    x: Read<'_, T>,
+    y: Write<'_, T>,
+) -> Result<(), KernelError> {
+    expect_shape("x", (x.rows(), x.cols()), (step.rows(), y.cols()))?;
+    expect_shape("y", (y.rows(), y.cols()), (step.outputs(), x.cols()))?;
+    let (rows, cols) = (y.rows(), y.cols());
+    if rows == 0 || cols == 0 {
+        return Ok(());
+    }
+    let y_stride = stride(rows, y.row_stride());
+    let y = y.into_data();
+    let mut args = GatherArgs {
+        x: x.data().address(),
+        rows: step.output_rows(),
+        y: y.address(),
+        x_stride: stride(x.rows(), x.row_stride()) as u64,
+        y_stride: y_stride as u64,
+        cols: cols as u32,
+    };
+    let launch = device.shape((rows_grid(rows)?, 1), NORM_THREADS, 0);
+    // SAFETY: `GatherArgs` field by field; shapes were compared, and the step's output rows are rows of x.
+    unsafe { device.row_kernels()?.gather.launch("gather", launch, y.stream(), &mut args) }
+}
+
+/// `ArgmaxArgs` of `ops.cu`.
+#[repr(C)]
+struct ArgmaxArgs {
+    x: u64,
+    out: u64,
+    x_stride: u64,
+    cols: u32,
+    vectors: u32,
+}
+
+pub(super) fn argmax<T: Element>(
+    device: &CudaDevice<T>,
+    x: Read<'_, T>,
+    out: &mut [Option<u32>],
+) -> Result<(), KernelError> {
+    let (rows, cols) = (x.rows(), x.cols());
+    expect_shape("out", (out.len(), cols), (rows, cols))?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let stream = device.stream();
+    let mut readback = device.operations().readback.lock().unwrap_or_else(PoisonError::into_inner);
+    let readback = match &mut *readback {
+        Some(readback) if readback.len() >= rows => readback,
+        other => other.insert(Readback::new(stream, rows.next_power_of_two())?),
+    };
+    let x_stride = stride(rows, x.row_stride());
+    let mut args = ArgmaxArgs {
+        x: x.data().address(),
+        out: readback.address(stream),
+        x_stride: x_stride as u64,
+        cols: cols as u32,
+        vectors: vectors(&[x.data().address()], &[x_stride]),
+    };
+    let launch = device.shape((rows_grid(rows)?, 1), ARGMAX_THREADS, 0);
+    // SAFETY: `ArgmaxArgs` field by field; the readback has room for every row.
+    unsafe { device.row_kernels()?.argmax.launch("argmax", launch, stream.cu_stream(), &mut args) }?;
+    let found = readback.read(stream, rows)?;
+    for (out, &index) in out.iter_mut().zip(found) {
+        *out = (index != NONE).then_some(index);
+    }
+    Ok(())
+}

@@ -1,0 +1,134 @@
+use std::sync::{Mutex, OnceLock};
+
+use crate::{
+    KernelError,
+    cuda::{
+        CudaDevice, Element,
+        driver::{Function, Launch},
+        pinned::Readback,
+    },
+};
+
+/// Features of a head that attention kernels are made for; other heads are padded with zeros to the next.
+const DIMS: [usize; 5] = [32, 64, 96, 128, 256];
+/// Above this a chunk of pages does not fit in shared memory, and `prefill` does everything.
+const MOST_DECODE_DIM: usize = 128;
+
+/// `head_dim` with its padding, `None` if no kernel has it.
+pub(super) fn padded_dim(head_dim: usize) -> Option<usize> {
+    DIMS.into_iter().find(|&dim| head_dim <= dim)
+}
+
+/// The decoder's kernels of one device, loaded when first used.
+#[derive(Default)]
+pub(in crate::cuda) struct Operations {
+    rows: OnceLock<RowKernels>,
+    attention: [OnceLock<AttentionKernels>; DIMS.len()],
+    /// What `argmax` reads back through.
+    pub(super) readback: Mutex<Option<Readback>>,
+}
+
+/// `ops.cu`
+pub(super) struct RowKernels {
+    pub(super) embed: Function,
+    pub(super) rms_norm: Function,
+    pub(super) add_rms_norm: Function,
+    pub(super) add: Function,
+    pub(super) silu_mul: Function,
+    pub(super) gather: Function,
+    pub(super) argmax: Function,
+    pub(super) rope_append: Function,
+}
+
+/// `attention.cu`
+pub(super) struct AttentionKernels {
+    pub(super) dim: usize,
+    pub(super) prefill: Function,
+    pub(super) prefill_shared: usize,
+    /// Pages in shared memory.
+    pub(super) stages: u32,
+    /// Shared memory of the decoding kernel, `None` if there is too little.
+    pub(super) decode: Option<(Function, usize)>,
+}
+
+/// The value, made by `make` if there is none yet.
+fn get_or_load<V>(
+    cell: &OnceLock<V>,
+    make: impl FnOnce() -> Result<V, KernelError>,
+) -> Result<&V, KernelError> {
+    if let Some(value) = cell.get() {
+        return Ok(value);
+    }
+    let value = make()?;
+    // Another thread may have been first; its value is as good.
+    Ok(cell.get_or_init(|| value))
+}
+
+impl<T: Element> CudaDevice<T> {
+    fn hopper(&self) -> bool {
+        self.compute_capability() >= (9, 0)
+    }
+
+    fn image(&self, stem: &str) -> Result<String, KernelError> {
+        self.needs((8, 0))
+            .map_err(|reason| KernelError::Unsupported { kernel: "decoder operations", reason })?;
+        Ok(format!("{stem}-{}", if self.hopper() { "sm90" } else { "sm80" }))
+    }
+
+    pub(super) fn row_kernels(&self) -> Result<&RowKernels, KernelError> {
+        get_or_load(&self.operations().rows, || {
+            let image = self.image(&format!("ops-{}", T::NAME))?;
+            let load = |entry| self.images().function(&image, entry, 0);
+            Ok(RowKernels {
+                embed: load("embed")?,
+                rms_norm: load("rms_norm")?,
+                add_rms_norm: load("add_rms_norm")?,
+                add: load("add")?,
+                silu_mul: load("silu_mul")?,
+                gather: load("gather")?,
+                argmax: load("argmax")?,
+                rope_append: load("rope_append")?,
+            })
+        })
+    }
+
+    /// The attention kernels for heads of that size.
+    ///
+    /// Errors: [`KernelError::Argument`] if it is above 256.
+    pub(super) fn attention_kernels(&self, head_dim: usize) -> Result<&AttentionKernels, KernelError> {
+        let most = DIMS[DIMS.len() - 1];
+        let index = DIMS.into_iter().position(|dim| head_dim <= dim);
+        let too_large = KernelError::Argument { what: "head_dim", got: head_dim, limit: most + 1 };
+        let index = index.ok_or(too_large)?;
+        get_or_load(&self.operations().attention[index], || {
+            let (dim, most) = (DIMS[index], self.shared_memory());
+            let image = self.image(&format!("attention-{}-{dim}", T::NAME))?;
+            // As `attention.cu` lays it out: queries, sums, and pages of keys and values.
+            let page = 2 * 64 * dim * 2;
+            let fixed = 4 * 16 * dim * 2 + dim / 8 * 128 * 16;
+            let stages = if fixed + 2 * page <= most { 2 } else { 1 };
+            let prefill_shared = fixed + stages * page;
+            let decode_shared = 4 * page + 16 * dim * 2 + 2 * dim * 2 + 16 * 4 * 8;
+            // The kernel has 4 bytes of its own.
+            let decode = dim <= MOST_DECODE_DIM && decode_shared + 128 <= most;
+            let decode = if decode {
+                let function = self.images().function(&image, "attention_decode", decode_shared)?;
+                Some((function, decode_shared))
+            } else {
+                None
+            };
+            Ok(AttentionKernels {
+                dim,
+                prefill: self.images().function(&image, "attention_prefill", prefill_shared)?,
+                prefill_shared,
+                stages: stages as u32,
+                decode,
+            })
+        })
+    }
+
+    /// A launch of blocks that wait for the kernel before them by themselves where they can.
+    pub(super) fn shape(&self, grid: (u32, u32), threads: u32, shared: usize) -> Launch {
+        Launch { grid, threads, shared, cluster: 1, programmatic: self.hopper() }
+    }
+}

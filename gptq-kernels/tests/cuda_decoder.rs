@@ -1,0 +1,518 @@
+//! The decoder's operations on a GPU: errors within what rounding explains, and bits that depend on nothing but a row's own
+//! sequence. Without a GPU the tests say so and pass.
+#![cfg(feature = "cuda")]
+// clippy.toml allows both in tests, but not in the functions that tests share.
+#![allow(clippy::print_stdout, clippy::unwrap_used)]
+
+use gptq_kernels::{
+    AttentionShape, Backend, DenseData, DenseWeight, Device, KernelError, KvShape, MatMut, MatRef,
+    SequencePlan, StepPlan, Unsupported, Workspace,
+    cuda::{CudaDevice, Element},
+};
+use half::{bf16, f16};
+
+/// Unit roundoff of float32.
+const EPS: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// The first GPU, or `None` with a printed reason.
+fn gpu<T: Element>() -> Option<CudaDevice<T>> {
+    match CudaDevice::new(0) {
+        Ok(device) => Some(device),
+        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
+            println!("skipped: {reason}");
+            None
+        }
+        Err(reason) => panic!("there is a GPU, but {reason}"),
+    }
+}
+
+/// Numbers in `[-1, 1)` that look random and are exact in `T`: Knuth's linear congruential generator.
+fn noise<T: Element>(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            T::from_f32((state >> 40) as f32 / (1u32 << 23) as f32 - 1.0).to_f32()
+        })
+        .collect()
+}
+
+fn upload<D: Backend>(device: &D, data: &[f32]) -> D::Buffer {
+    let mut buffer = device.alloc(data.len()).unwrap();
+    device.upload(data, D::slice_mut(&mut buffer, 0..data.len())).unwrap();
+    buffer
+}
+
+fn download<D: Backend>(device: &D, buffer: &D::Buffer) -> Vec<f32> {
+    let mut data = vec![0.0; D::buffer_len(buffer)];
+    device.download(D::slice(buffer, 0..data.len()), &mut data).unwrap();
+    data
+}
+
+fn whole<D: Backend>(buffer: &D::Buffer, rows: usize, cols: usize) -> MatRef<'_, D> {
+    MatRef::new(D::slice(buffer, 0..rows * cols), rows, cols).unwrap()
+}
+
+fn whole_mut<D: Backend>(buffer: &mut D::Buffer, rows: usize, cols: usize) -> MatMut<'_, D> {
+    MatMut::new(D::slice_mut(buffer, 0..rows * cols), rows, cols).unwrap()
+}
+
+/// Rows and columns: no vectors, one thread's worth, the widths of models, more than what registers hold.
+const SHAPES: [(usize, usize); 6] = [(1, 4096), (3, 20), (5, 257), (33, 1024), (2, 8192), (2, 20_000)];
+
+fn norms<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    for (rows, cols) in SHAPES {
+        let (x, delta, weight) =
+            (noise::<T>(rows * cols, 1), noise::<T>(rows * cols, 2), noise::<T>(cols, 3));
+        let weight_buffer = upload(&device, &weight);
+        let weight_slice = CudaDevice::<T>::slice(&weight_buffer, 0..cols);
+        let check = |what: &str, x: &[f32], y: &[f32]| {
+            for r in 0..rows {
+                let row = &x[r * cols..][..cols];
+                let mean = row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>() / cols as f64;
+                for (c, &v) in row.iter().enumerate() {
+                    let want = f64::from(v) / (mean + 1e-5).sqrt() * f64::from(weight[c]);
+                    // A square passes at most cols roundings, half of which reach the root; then a root, a quotient and
+                    // two products, and the rounding to T.
+                    let bound = want.abs() * (T::UNIT + (cols as f64 + 10.0) * EPS) + T::SUBNORMAL;
+                    let got = f64::from(y[r * cols + c]);
+                    assert!((got - want).abs() <= bound, "{what} {rows} x {cols} ({r}, {c}): {got} {want}");
+                }
+            }
+        };
+        let x_buffer = upload(&device, &x);
+        let mut y = device.alloc(rows * cols).unwrap();
+        device
+            .rms_norm(whole(&x_buffer, rows, cols), weight_slice, 1e-5, whole_mut(&mut y, rows, cols))
+            .unwrap();
+        let first = download(&device, &y);
+        check("rms_norm", &x, &first);
+
+        let (mut residual, delta_buffer) = (x_buffer, upload(&device, &delta));
+        device
+            .add_rms_norm(
+                whole_mut(&mut residual, rows, cols),
+                whole(&delta_buffer, rows, cols),
+                weight_slice,
+                1e-5,
+                whole_mut(&mut y, rows, cols),
+            )
+            .unwrap();
+        let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| T::from_f32(a + b).to_f32()).collect();
+        assert_eq!(download(&device, &residual), sum);
+        check("add_rms_norm", &sum, &download(&device, &y));
+
+        // The same rows further apart, at an odd place, alone: the same bits.
+        let (stride, offset) = (cols + 3, 1);
+        let mut apart = vec![0.0; offset + rows * stride];
+        for r in 0..rows {
+            apart[offset + r * stride..][..cols].copy_from_slice(&x[r * cols..][..cols]);
+        }
+        let apart = upload(&device, &apart);
+        for r in 0..rows {
+            let start = offset + r * stride;
+            let x = CudaDevice::<T>::slice(&apart, start..start + cols);
+            let mut one = device.alloc(cols).unwrap();
+            let x = MatRef::new(x, 1, cols).unwrap();
+            device.rms_norm(x, weight_slice, 1e-5, whole_mut(&mut one, 1, cols)).unwrap();
+            assert_eq!(download(&device, &one), first[r * cols..][..cols]);
+        }
+    }
+}
+
+fn elements<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    for (rows, cols) in SHAPES {
+        let x: Vec<f32> = noise::<T>(rows * 2 * cols, 4).iter().map(|v| v * 8.0).collect();
+        let x_buffer = upload(&device, &x);
+        let mut y = device.alloc(rows * cols).unwrap();
+        device.silu_mul(whole(&x_buffer, rows, 2 * cols), whole_mut(&mut y, rows, cols)).unwrap();
+        for (i, got) in download(&device, &y).into_iter().enumerate() {
+            let (r, c) = (i / cols, i % cols);
+            let (gate, up) = (f64::from(x[r * 2 * cols + c]), f64::from(x[(r * 2 + 1) * cols + c]));
+            let want = gate / (1.0 + (-gate).exp()) * up;
+            // The argument of the exponential is rounded once, its error becomes relative; then 2 ulp of the exponential
+            // and four operations.
+            let bound = want.abs() * (T::UNIT + (12.0 + 2.0 * gate.abs()) * EPS) + T::SUBNORMAL;
+            assert!((f64::from(got) - want).abs() <= bound, "silu_mul {rows} x {cols}, {i}: {got} {want}");
+        }
+
+        let (a, b) = (noise::<T>(rows * cols, 5), noise::<T>(rows * cols, 6));
+        let (a_buffer, mut b_buffer) = (upload(&device, &a), upload(&device, &b));
+        device.add(whole(&a_buffer, rows, cols), whole_mut(&mut b_buffer, rows, cols)).unwrap();
+        let want: Vec<f32> = a.iter().zip(&b).map(|(a, b)| T::from_f32(a + b).to_f32()).collect();
+        assert_eq!(download(&device, &b_buffer), want);
+    }
+}
+
+fn lookups<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    for (vocabulary, hidden) in [(50, 24), (1000, 257), (7, 4096)] {
+        let table = noise::<T>(vocabulary * hidden, 7);
+        let weight = DenseWeight {
+            in_features: hidden,
+            out_features: vocabulary,
+            data: DenseData::F32(&table),
+            bias: None,
+        };
+        let embedding = device.embedding(&weight).unwrap();
+        let tokens: Vec<u32> = (0..9).map(|i| (i * 31 + 5) % vocabulary as u32).collect();
+        let sequences = [SequencePlan { rows: 0..9, past: 0, pages: &[0] }];
+        let mut step = device.new_step().unwrap();
+        let plan = StepPlan { tokens: &tokens, sequences: &sequences, outputs: &[2, 8] };
+        device.set_step(&mut step, &plan).unwrap();
+        let mut y = device.alloc(9 * hidden).unwrap();
+        device.embed(&embedding, &step, whole_mut(&mut y, 9, hidden)).unwrap();
+        let rows: Vec<f32> =
+            tokens.iter().flat_map(|&t| &table[t as usize * hidden..][..hidden]).copied().collect();
+        assert_eq!(download(&device, &y), rows);
+        let mut chosen = device.alloc(2 * hidden).unwrap();
+        device.gather_outputs(&step, whole(&y, 9, hidden), whole_mut(&mut chosen, 2, hidden)).unwrap();
+        assert_eq!(download(&device, &chosen), [&rows[2 * hidden..][..hidden], &rows[8 * hidden..]].concat());
+
+        let bad = StepPlan {
+            tokens: &[vocabulary as u32],
+            sequences: &[SequencePlan { rows: 0..1, past: 0, pages: &[0] }],
+            outputs: &[],
+        };
+        device.set_step(&mut step, &bad).unwrap();
+        let error = device.embed(&embedding, &step, whole_mut(&mut y, 1, hidden)).unwrap_err();
+        assert!(matches!(error, KernelError::Argument { what: "token", .. }), "{error}");
+    }
+    for cols in [1, 5, 32_000, 128_256] {
+        let mut x = noise::<T>(6 * cols, 8);
+        let last = cols - 1;
+        x[last] = 3.0; // row 0: at the end
+        x[cols] = 3.0; // row 1: at the start, and again later
+        x[cols + last] = 3.0;
+        x[3 * cols - 1 - last / 2] = f32::NAN; // row 2
+        x[3 * cols..4 * cols].fill(f32::NEG_INFINITY);
+        x[4 * cols..5 * cols].fill(-0.0);
+        x[5 * cols - 1] = if cols > 1 { 0.0 } else { -0.0 };
+        let want = |row: &[f32]| {
+            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let first = row.iter().position(|&v| v == largest).map(|i| i as u32);
+            if row.iter().any(|v| v.is_nan()) { None } else { first }
+        };
+        let want: Vec<_> = x.chunks(cols).map(want).collect();
+        let mut got = [Some(77); 6];
+        device.argmax(whole(&upload(&device, &x), 6, cols), &mut got).unwrap();
+        assert_eq!(got[..], want[..], "{cols}");
+    }
+}
+
+const fn shape(heads: usize, kv_heads: usize, head_dim: usize, window: usize) -> AttentionShape {
+    let window = if window == 0 { None } else { Some(window) };
+    AttentionShape { heads, kv_heads, head_dim, window }
+}
+
+/// Every padded size with and without padding; one query head a key-value head, odd groups, more than a warp's 16; windows
+/// of one token, of less than a page, of more than a chunk.
+const ATTENTION: [AttentionShape; 12] = [
+    shape(4, 2, 64, 0),
+    shape(3, 3, 20, 0),
+    shape(7, 1, 32, 70),
+    shape(2, 1, 80, 1),
+    shape(16, 2, 128, 0),
+    shape(4, 4, 96, 300),
+    shape(20, 1, 128, 0),
+    shape(2, 2, 256, 0),
+    shape(4, 1, 100, 0),
+    shape(33, 1, 64, 65),
+    shape(2, 1, 130, 0),
+    shape(1, 1, 2, 0),
+];
+
+const LAYERS: usize = 2;
+
+/// One layer of attention with a store and tables of its own.
+struct Fixture<T: Element> {
+    device: CudaDevice<T>,
+    shape: AttentionShape,
+    store: <CudaDevice<T> as Backend>::KvStore,
+    rope: <CudaDevice<T> as Backend>::Rope,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl<T: Element> Fixture<T> {
+    fn new(device: &CudaDevice<T>, shape: AttentionShape, positions: usize) -> Self {
+        let kv = KvShape { layers: LAYERS, kv_heads: shape.kv_heads, head_dim: shape.head_dim, pages: 1 };
+        let half = shape.head_dim / 2;
+        let angle = |i: usize| (i / half) as f64 / 10f64.powf((i % half) as f64 / half as f64);
+        let cos: Vec<f32> = (0..positions * half).map(|i| angle(i).cos() as f32).collect();
+        let sin: Vec<f32> = (0..positions * half).map(|i| angle(i).sin() as f32).collect();
+        let mut store = device.kv_store(kv).unwrap();
+        device.grow_kv(&mut store, 3).unwrap();
+        device.grow_kv(&mut store, 2 * positions.div_ceil(CudaDevice::<T>::PAGE_LEN) + 4).unwrap();
+        let rope = device.rope(&cos, &sin, shape.head_dim).unwrap();
+        Self { device: device.clone(), shape, store, rope, cos, sin }
+    }
+
+    /// One step of attention, `whole` in one call or in two.
+    fn step(&mut self, sequences: &[SequencePlan<'_>], qkv: &[f32], at_once: bool) -> Vec<f32> {
+        let (device, shape, layer) = (&self.device, self.shape, LAYERS - 1);
+        let rows = sequences.iter().map(|sequence| sequence.rows.len()).sum();
+        let mut step = device.new_step().unwrap();
+        let tokens = vec![0; rows];
+        device.set_step(&mut step, &StepPlan { tokens: &tokens, sequences, outputs: &[] }).unwrap();
+        let (cols, width) = (shape.qkv_features(), shape.out_features());
+        let mut qkv = upload(device, qkv);
+        let mut y = upload(device, &vec![f32::NAN; rows * width]);
+        let mut workspace = Workspace::new(device, device.attention_workspace_len(&step, shape)).unwrap();
+        let (x, out) = (whole_mut(&mut qkv, rows, cols), whole_mut(&mut y, rows, width));
+        let (rope, store) = (&self.rope, &mut self.store);
+        if at_once {
+            device.attend(layer, shape, &step, rope, x, store, out, &mut workspace).unwrap();
+        } else {
+            device.rope_append(layer, shape, &step, rope, x, store).unwrap();
+            let x = whole(&qkv, rows, cols);
+            device.attention(layer, shape, &step, store, x, out, &mut workspace).unwrap();
+        }
+        download(device, &y)
+    }
+
+    /// Queries and keys as they are after the rotation, which is exact to the bit here.
+    fn rotated(&self, qkv: &[f32]) -> Vec<f32> {
+        let (shape, half) = (self.shape, self.shape.head_dim / 2);
+        let mut qkv = qkv.to_vec();
+        for (position, row) in qkv.chunks_mut(shape.qkv_features()).enumerate() {
+            for head in row[..(shape.heads + shape.kv_heads) * shape.head_dim].chunks_mut(shape.head_dim) {
+                for d in 0..half {
+                    let (a, b) = (head[d], head[d + half]);
+                    let (cos, sin) = (self.cos[position * half + d], self.sin[position * half + d]);
+                    head[d] = T::from_f32(a * cos - b * sin).to_f32();
+                    head[d + half] = T::from_f32(b * cos + a * sin).to_f32();
+                }
+            }
+        }
+        qkv
+    }
+
+    /// Compares row `row` of one sequence with float64; the largest error in units of the bound.
+    fn compare(&self, rotated: &[f32], row: usize, y: &[f32]) -> f64 {
+        let shape = self.shape;
+        let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        let at = |row: usize, head: usize, d: usize| {
+            f64::from(rotated[row * shape.qkv_features() + head * dim + d])
+        };
+        let first = shape.window.map_or(0, |window| (row + 1).saturating_sub(window));
+        let root = (dim as f64).sqrt();
+        let mut worst: f64 = 0.0;
+        for head in 0..shape.heads {
+            let (key, value) = (shape.heads + head / group, shape.heads + shape.kv_heads + head / group);
+            let terms = |j: usize| (0..dim).map(move |d| at(row, head, d) * at(j, key, d));
+            let scores: Vec<f64> = (first..=row).map(|j| terms(j).sum::<f64>() / root).collect();
+            let magnitude =
+                (first..=row).map(|j| terms(j).map(f64::abs).sum::<f64>() / root).fold(0.0, f64::max);
+            let max = scores.iter().copied().fold(f64::MIN, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            // A score: the tensor core adds 16 products with at most 17 errors of 2^-23 for each of dim / 16 steps, then
+            // the scale rounds. A weight: twice a score's error, the rounding of the exponent's argument, at most the
+            // spread of the scores, 2^-22 of the exponential, and its rounding to T. A page: a factor for it and for what
+            // came before, each with those errors of the exponential, and two roundings, for every page and chunk after
+            // it. The products with the values: four steps.
+            let pages = (scores.len() / 64 + 2) as f64;
+            let score_error = (34.0 * (dim as f64 / 16.0).ceil() + 2.0) * EPS * magnitude;
+            let exponential = 4.0 * EPS + 4.0 * magnitude * EPS;
+            let weight_error = 2.0 * score_error + exponential + T::UNIT;
+            let relative = 2.0 * weight_error + 2.0 * pages * (exponential + 2.0 * EPS) + 4.0 * 34.0 * EPS;
+            for d in 0..dim {
+                let sum = |f: fn(f64) -> f64| {
+                    weights.iter().zip(first..).map(|(w, j)| w * f(at(j, value, d))).sum::<f64>() / total
+                };
+                let (want, mass) = (sum(|v| v), sum(f64::abs));
+                let bound = relative * mass + T::UNIT * want.abs() + T::SUBNORMAL;
+                let error = (f64::from(y[head * dim + d]) - want).abs() / bound;
+                assert!(
+                    error <= 1.0,
+                    "{shape:?} row {row} head {head} feature {d}: {} {want}",
+                    y[head * dim + d]
+                );
+                worst = worst.max(error);
+            }
+        }
+        worst
+    }
+}
+
+fn attention_equals_float64<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    for shape in ATTENTION {
+        let rows = 331;
+        let mut fixture = Fixture::<T>::new(&device, shape, 400);
+        let qkv = noise::<T>(rows * shape.qkv_features(), 1);
+        let pages = [3, 9, 4, 1, 0, 6];
+        let y = fixture.step(&[SequencePlan { rows: 0..rows, past: 0, pages: &pages }], &qkv, true);
+        let rotated = fixture.rotated(&qkv);
+        let width = shape.out_features();
+        let worst = (0..rows)
+            .filter(|row| row % 7 == 0 || row % 64 > 61 || row % 64 < 2)
+            .map(|row| fixture.compare(&rotated, row, &y[row * width..][..width]))
+            .fold(0.0, f64::max);
+        println!("{} | {shape:?} | worst error {worst:.3} of the bound", T::NAME);
+    }
+}
+
+/// Long contexts, in prefill and in decoding.
+fn long_attention<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    for shape in [shape(8, 2, 128, 0), shape(2, 2, 64, 5000)] {
+        let rows = 8192;
+        let mut fixture = Fixture::<T>::new(&device, shape, rows);
+        let (cols, width) = (shape.qkv_features(), shape.out_features());
+        let qkv = noise::<T>(rows * cols, 1);
+        let pages: Vec<u32> = (0..128).map(|page| (page * 77 + 5) % 128).collect();
+        let mut y = Vec::new();
+        // 8190 tokens in four steps, then two alone.
+        for (start, end) in [(0, 2048), (2048, 4100), (4100, 6001), (6001, 8190), (8190, 8191), (8191, 8192)]
+        {
+            let plan = SequencePlan { rows: 0..end - start, past: start, pages: &pages };
+            y.extend(fixture.step(&[plan], &qkv[start * cols..end * cols], true));
+        }
+        let rotated = fixture.rotated(&qkv);
+        for row in [100, 2047, 2048, 5555, 8189, 8190, 8191] {
+            let worst = fixture.compare(&rotated, row, &y[row * width..][..width]);
+            println!("{} | {shape:?} | row {row}: {worst:.3} of the bound", T::NAME);
+        }
+    }
+}
+
+/// The same sequence alone in one step; in uneven steps beside another; one row at a time; by one call or by two.
+fn batches_and_steps_change_no_bit<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    for shape in ATTENTION {
+        let (cols, width) = (shape.qkv_features(), shape.out_features());
+        let (len_a, len_b) = (601, 278);
+        let (a, b) = (noise::<T>(len_a * cols, 2), noise::<T>(len_b * cols, 3));
+        let alone = |qkv: &[f32], pages: &[u32], at_once| {
+            let rows = qkv.len() / cols;
+            let plan = SequencePlan { rows: 0..rows, past: 0, pages };
+            Fixture::<T>::new(&device, shape, 640).step(&[plan], qkv, at_once)
+        };
+        let want_a = alone(&a, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], true);
+        let want_b = alone(&b, &[5, 6, 8, 1, 2], true);
+        assert_eq!(want_a, alone(&a, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0], false), "{shape:?}");
+
+        let (pages_a, pages_b) = ([7, 1, 12, 3, 0, 15, 9, 11, 10, 2], [4, 5, 6, 8, 13]);
+        let mut fixture = Fixture::<T>::new(&device, shape, 640);
+        let (mut past_a, mut past_b) = (0, 0);
+        let mut steps = vec![
+            (61, 1, true),
+            (1, 62, true),
+            (1, 1, true),
+            (1, 1, true),
+            (1, 1, false),
+            (130, 1, true),
+            (55, 187, false),
+        ];
+        steps.extend((0..24).map(|i| (1, 1, i % 5 != 0)));
+        steps.push((307, 0, true));
+        steps.extend((0..20).map(|_| (1, 0, true)));
+        for (take_a, take_b, at_once) in steps {
+            let mut qkv = b[past_b * cols..(past_b + take_b) * cols].to_vec();
+            qkv.extend_from_slice(&a[past_a * cols..(past_a + take_a) * cols]);
+            let second = SequencePlan { rows: take_b..take_a + take_b, past: past_a, pages: &pages_a };
+            let sequences = match take_b {
+                0 => vec![second],
+                _ => vec![SequencePlan { rows: 0..take_b, past: past_b, pages: &pages_b }, second],
+            };
+            let y = fixture.step(&sequences, &qkv, at_once);
+            let (got_b, got_a) = y.split_at(take_b * width);
+            assert!(got_a == &want_a[past_a * width..(past_a + take_a) * width], "{shape:?} a at {past_a}");
+            assert!(got_b == &want_b[past_b * width..(past_b + take_b) * width], "{shape:?} b at {past_b}");
+            (past_a, past_b) = (past_a + take_a, past_b + take_b);
+        }
+        assert_eq!((past_a, past_b), (len_a, len_b));
+    }
+}
+
+fn stale_pages_do_not_leak<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    for shape in ATTENTION {
+        let cols = shape.qkv_features();
+        let mut fixture = Fixture::<T>::new(&device, shape, 400);
+        let poison = vec![f32::NAN; 64 * cols];
+        fixture.step(&[SequencePlan { rows: 0..64, past: 0, pages: &[4] }], &poison, true);
+        let qkv = noise::<T>(5 * cols, 5);
+        let y = fixture.step(&[SequencePlan { rows: 0..3, past: 0, pages: &[4] }], &qkv[..3 * cols], true);
+        assert!(y.iter().all(|v| v.is_finite()), "{shape:?}");
+        for past in [3, 4] {
+            let qkv = &qkv[past * cols..][..cols];
+            let y = fixture.step(&[SequencePlan { rows: 0..1, past, pages: &[4] }], qkv, true);
+            assert!(y.iter().all(|v| v.is_finite()), "{shape:?}");
+        }
+    }
+}
+
+#[test]
+fn row_operations_in_fp16() {
+    norms::<f16>();
+    elements::<f16>();
+    lookups::<f16>();
+}
+
+#[test]
+fn row_operations_in_bf16() {
+    norms::<bf16>();
+    elements::<bf16>();
+    lookups::<bf16>();
+}
+
+#[test]
+fn attention_equals_float64_in_fp16() {
+    attention_equals_float64::<f16>();
+    long_attention::<f16>();
+}
+
+#[test]
+fn attention_equals_float64_in_bf16() {
+    attention_equals_float64::<bf16>();
+    long_attention::<bf16>();
+}
+
+#[test]
+fn batches_and_steps_change_no_bit_in_fp16() {
+    batches_and_steps_change_no_bit::<f16>();
+}
+
+#[test]
+fn batches_and_steps_change_no_bit_in_bf16() {
+    batches_and_steps_change_no_bit::<bf16>();
+}
+
+#[test]
+fn stale_pages_do_not_leak_into_sequences() {
+    stale_pages_do_not_leak::<f16>();
+    stale_pages_do_not_leak::<bf16>();
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let Some(device) = gpu::<f16>() else { return };
+    let kv = |head_dim| KvShape { layers: 1, kv_heads: 2, head_dim, pages: 1 };
+    assert!(matches!(
+        device.kv_store(kv(258)),
+        Err(KernelError::Argument { what: "head_dim", got: 258, limit: 257 })
+    ));
+    let shape = shape(4, 2, 64, 0);
+    let mut fixture = Fixture::<f16>::new(&device, shape, 100);
+    let mut refuse = |past: usize, pages: &[u32], layer: usize| {
+        let mut step = device.new_step().unwrap();
+        let sequences = [SequencePlan { rows: 0..1, past, pages }];
+        device.set_step(&mut step, &StepPlan { tokens: &[0], sequences: &sequences, outputs: &[] }).unwrap();
+        let mut qkv = device.alloc(shape.qkv_features()).unwrap();
+        let mut y = device.alloc(shape.out_features()).unwrap();
+        let (x, y) =
+            (whole_mut(&mut qkv, 1, shape.qkv_features()), whole_mut(&mut y, 1, shape.out_features()));
+        let mut workspace = Workspace::new(&device, device.attention_workspace_len(&step, shape)).unwrap();
+        let result =
+            device.attend(layer, shape, &step, &fixture.rope, x, &mut fixture.store, y, &mut workspace);
+        result.unwrap_err().to_string()
+    };
+    assert_eq!(refuse(100, &[0, 1], 0), "position 100: must be below 100");
+    assert_eq!(refuse(0, &[1000], 0), "page 1000: must be below 8");
+    assert_eq!(refuse(0, &[0], 2), "layer 2: must be below 2");
+}
