@@ -11,10 +11,11 @@ use std::{
 
 use clap::Parser;
 use gptq_examples::{
+    device::{DeviceArgs, Job, Machine},
     failure::{Failure, run},
     text::TextCodec,
 };
-use gptq_kernels::cpu::Cpu;
+use gptq_kernels::Backend;
 use gptq_llama::{GenerateOptions, Generator, Llama, LoadOptions, Sampling};
 
 /// Continues a prompt, token by token, on stdout; speed goes to stderr.
@@ -51,16 +52,24 @@ struct Args {
     /// Kernel of quantised layers, by name [default: chosen by capability]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 fn main() -> ExitCode {
-    run(|args: Args| write_text(&args))
+    run(|args: Args| args.device.run(&args))
+}
+
+impl Job for Args {
+    fn run<D: Backend>(&self, device: D, _: &Machine) -> Result<(), Failure> {
+        write_text(self, device)
+    }
 }
 
 #[allow(clippy::print_stderr, reason = "speed is for the reader, not for the text")]
-fn write_text(args: &Args) -> Result<(), Failure> {
+fn write_text<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
     let codec = TextCodec::open(&args.model)?;
-    let model = Llama::load(&args.model, Cpu, &LoadOptions::default().with_kernel(args.kernel.clone()))?;
+    let model = Llama::load(&args.model, device, &LoadOptions::default().with_kernel(args.kernel.clone()))?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         sampling: Sampling {

@@ -6,14 +6,15 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::Parser;
 use gptq_examples::{
     data::token_rows,
+    device::{DeviceArgs, Job, Machine},
     failure::{Failure, run},
 };
 use gptq_format::TensorFile;
-use gptq_kernels::cpu::Cpu;
+use gptq_kernels::Backend;
 use gptq_llama::{Feed, Llama, LoadOptions, Precision, Wanted};
 use safetensors::{Dtype, serialize_to_file, tensor::TensorView};
 
-/// Runs token ids through a model in float32 and writes the logits.
+/// Runs token ids through a model and writes the logits: in float32 on the CPU, with its activations on a GPU.
 ///
 /// Reads a tensor `input_ids` of int32 or int64, (n) or (rows, n), every row a sequence of its own; writes a float32 tensor
 /// `logits`, (n, vocabulary) or (rows, n, vocabulary).
@@ -32,15 +33,23 @@ struct Args {
     /// Kernel of quantised layers, by name [default: the fastest that computes in float32]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 fn main() -> ExitCode {
-    run(|args: Args| write_logits(&args))
+    run(|args: Args| args.device.run(&args))
 }
 
-fn write_logits(args: &Args) -> Result<(), Failure> {
+impl Job for Args {
+    fn run<D: Backend>(&self, device: D, _: &Machine) -> Result<(), Failure> {
+        write_logits(self, device)
+    }
+}
+
+fn write_logits<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
     let options = LoadOptions::default().with_precision(Precision::Float32).with_kernel(args.kernel.clone());
-    let model = Llama::load(&args.model, Cpu, &options)?;
+    let model = Llama::load(&args.model, device, &options)?;
     let file = TensorFile::open(&args.ids)?;
     let ids = file.tensor("input_ids")?;
     let rows = token_rows(&ids)?;

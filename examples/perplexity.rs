@@ -6,10 +6,11 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{Parser, ValueEnum};
 use gptq_examples::{
     data::RowSource,
+    device::{DeviceArgs, Job, Machine},
     failure::{Failure, run},
     progress,
 };
-use gptq_kernels::cpu::Cpu;
+use gptq_kernels::Backend;
 use gptq_llama::{Llama, LlamaConfig, LoadOptions, Precision, TokenRows, perplexity};
 
 /// Measures how well a model predicts a text.
@@ -40,6 +41,8 @@ struct Args {
     /// Kernel of quantised layers, by name [default: chosen by capability]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -49,10 +52,16 @@ enum Arithmetic {
 }
 
 fn main() -> ExitCode {
-    run(|args: Args| measure(&args))
+    run(|args: Args| args.device.run(&args))
 }
 
-fn measure(args: &Args) -> Result<(), Failure> {
+impl Job for Args {
+    fn run<D: Backend>(&self, device: D, _: &Machine) -> Result<(), Failure> {
+        measure(self, device)
+    }
+}
+
+fn measure<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
     let config = LlamaConfig::read(&args.model)?;
     let source = RowSource {
         file: &args.data,
@@ -70,7 +79,7 @@ fn measure(args: &Args) -> Result<(), Failure> {
         Arithmetic::Fast => Precision::Fast,
     };
     let options = LoadOptions::default().with_precision(precision).with_kernel(args.kernel.clone());
-    let model = Llama::load(&args.model, Cpu, &options)?;
+    let model = Llama::load(&args.model, device, &options)?;
     let bar = progress::bar("perplexity", rows.rows().len() as u64);
     let result = perplexity(&model, &rows, |done, so_far| {
         bar.set_position(done as u64);

@@ -1,6 +1,7 @@
 //! What the examples share: command lines that fail on one line, data files, progress bars, tables, plots.
 
 pub mod data;
+pub mod device;
 pub mod failure;
 pub mod plot;
 pub mod progress;

@@ -5,23 +5,38 @@ use std::borrow::Cow;
 use gptq_format::{Bits, PackedLinear, PackedParts};
 use gptq_llama::{LlamaConfig, LlamaError, Module, Rng, Tensor, TensorData, WeightSource};
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// Features of a group.
 const GROUP: usize = 128;
 
-/// Random weights of a decoder: int4 in symmetric groups of 128, embedding and norms in bfloat16.
+/// How random weights are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// 4 bits in symmetric groups of 128.
+    Int4,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+/// Random weights of a decoder.
 ///
 /// No quantiser is involved: codes are random words, and one scale a layer gives its weights a variance of
 /// `1 / in_features`, so that activations keep their size from layer to layer.
 pub struct RandomModel {
     config: LlamaConfig,
-    int4_head: bool,
+    layers: Weights,
+    head: Weights,
+    dense: Weights,
 }
 
 impl RandomModel {
-    /// A model of this shape; `int4_head` quantises the output projection too.
-    pub fn new(config: LlamaConfig, int4_head: bool) -> Self {
-        Self { config, int4_head }
+    /// A model of this shape: its decoder layers, its output projection, and embedding and norms, which are never int4.
+    pub fn new(config: LlamaConfig, layers: Weights, head: Weights, dense: Weights) -> Self {
+        let dense = if dense == Weights::Int4 { Weights::Bf16 } else { dense };
+        Self { config, layers, head, dense }
     }
 
     /// A seed of each tensor's own, whatever the order of loading (FNV-1a of the name).
@@ -32,21 +47,17 @@ impl RandomModel {
         Rng::new(hash)
     }
 
-    fn dense(name: &str, shape: &[usize], deviation: f64) -> Tensor<'static> {
-        let mut rng = Self::rng(name);
-        let len = shape.iter().product();
+    fn dense(name: &str, shape: &[usize], deviation: f64, weights: Weights) -> Tensor<'static> {
+        let len: usize = shape.iter().product();
         // A 16-bit uniform has a variance of 2^32 / 12.
         let scale = (deviation * 12f64.sqrt() / 65_536.0) as f32;
-        let mut data = Vec::with_capacity(len + 3);
-        while data.len() < len {
-            let word = rng.next_u64();
-            for part in 0..4 {
-                let uniform = f32::from((word >> (16 * part)) as u16 as i16);
-                data.push(bf16::from_f32(uniform * scale));
-            }
-        }
-        data.truncate(len);
-        Tensor { shape: shape.to_vec(), data: TensorData::Bf16(Cow::Owned(data)) }
+        let first = Self::rng(name).next_u64();
+        let data = if weights == Weights::F16 {
+            TensorData::F16(Cow::Owned(fill(len, first, |x| f16::from_f32(x * scale))))
+        } else {
+            TensorData::Bf16(Cow::Owned(fill(len, first, |x| bf16::from_f32(x * scale))))
+        };
+        Tensor { shape: shape.to_vec(), data }
     }
 
     fn int4(name: &str, in_features: usize, out_features: usize) -> Result<PackedLinear, LlamaError> {
@@ -89,31 +100,59 @@ impl RandomModel {
     }
 }
 
+/// `len` numbers made of 16-bit uniforms, in parallel; every block of them has a generator of its own.
+fn fill<E: Send + Copy + Default>(len: usize, seed: u64, make: impl Fn(f32) -> E + Sync) -> Vec<E> {
+    let mut data = vec![E::default(); len];
+    data.par_chunks_mut(1 << 16).enumerate().for_each(|(i, block)| {
+        let mut rng = Rng::new(seed.wrapping_add(i as u64));
+        for four in block.chunks_mut(4) {
+            let word = rng.next_u64();
+            for (part, x) in four.iter_mut().enumerate() {
+                *x = make(f32::from((word >> (16 * part)) as u16 as i16));
+            }
+        }
+    });
+    data
+}
+
 impl WeightSource for RandomModel {
     fn tensor(&self, name: &str) -> Result<Option<Tensor<'_>>, LlamaError> {
         let (vocabulary, hidden) = (self.config.vocab_size, self.config.hidden_size);
         if name.ends_with("norm.weight") {
-            let ones = vec![bf16::ONE; hidden];
-            return Ok(Some(Tensor { shape: vec![hidden], data: TensorData::Bf16(Cow::Owned(ones)) }));
+            let data = match self.dense {
+                Weights::F16 => TensorData::F16(Cow::Owned(vec![f16::ONE; hidden])),
+                _ => TensorData::Bf16(Cow::Owned(vec![bf16::ONE; hidden])),
+            };
+            return Ok(Some(Tensor { shape: vec![hidden], data }));
         }
+        let linear = |inputs: usize, outputs: usize, weights| {
+            Some(Self::dense(name, &[outputs, inputs], 1.0 / (inputs as f64).sqrt(), weights))
+        };
         Ok(match name {
-            "model.embed_tokens.weight" => Some(Self::dense(name, &[vocabulary, hidden], 1.0)),
-            "lm_head.weight" => Some(Self::dense(name, &[vocabulary, hidden], 1.0 / (hidden as f64).sqrt())),
-            _ => None,
+            "model.embed_tokens.weight" => Some(Self::dense(name, &[vocabulary, hidden], 1.0, self.dense)),
+            "lm_head.weight" => linear(hidden, vocabulary, self.head),
+            _ => match module_of(name.trim_end_matches(".weight")) {
+                Some(module) if name.ends_with(".weight") => {
+                    let (inputs, outputs) = module.shape(&self.config);
+                    linear(inputs, outputs, self.layers)
+                }
+                _ => None,
+            },
         })
     }
 
     fn packed(&self, module: &str) -> Result<Option<PackedLinear>, LlamaError> {
-        if module == "lm_head" {
-            let head = || Self::int4(module, self.config.hidden_size, self.config.vocab_size);
-            return self.int4_head.then(head).transpose();
-        }
-        let Some(found) = Module::ALL.into_iter().find(|found| module.ends_with(found.name())) else {
-            return Ok(None);
+        let (weights, (inputs, outputs)) = match module_of(module) {
+            _ if module == "lm_head" => (self.head, (self.config.hidden_size, self.config.vocab_size)),
+            Some(found) => (self.layers, found.shape(&self.config)),
+            None => return Ok(None),
         };
-        let (inputs, outputs) = found.shape(&self.config);
-        Self::int4(module, inputs, outputs).map(Some)
+        (weights == Weights::Int4).then(|| Self::int4(module, inputs, outputs)).transpose()
     }
+}
+
+fn module_of(name: &str) -> Option<Module> {
+    Module::ALL.into_iter().find(|module| name.ends_with(module.name()))
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ pub struct KvCache<D: Backend> {
     pub(crate) rope: D::Rope,
     pub(crate) step: D::Step,
     pub(crate) scratch: Scratch<D>,
+    pub(crate) recordings: D::Recordings,
     pub(crate) timings: Option<Timings>,
     sequences: Vec<Option<Sequence>>,
     free_pages: Vec<u32>,
@@ -65,9 +66,7 @@ pub struct Timings {
     pub norms: Duration,
     /// q, k, v projections.
     pub qkv: Duration,
-    /// Rotation and writing to the cache.
-    pub rope: Duration,
-    /// Attention proper.
+    /// Rotation, writing to the cache, attention.
     pub attention: Duration,
     /// o projection.
     pub o: Duration,
@@ -98,6 +97,7 @@ impl<D: Backend> KvCache<D> {
             rope: device.rope(&cos, &sin, config.head_dim)?,
             step: device.new_step()?,
             scratch: Scratch::new(device)?,
+            recordings: D::Recordings::default(),
             timings: None,
             sequences: Vec::new(),
             free_pages: Vec::new(),
@@ -277,7 +277,8 @@ impl<D: Backend> Scratch<D> {
         })
     }
 
-    /// Makes room for `rows` rows, of which `outputs` get logits, and for `workspace` elements of kernels' scratch.
+    /// Makes room for `rows` rows, of which `outputs` get logits, and for `workspace` elements of kernels' scratch; whether
+    /// anything has moved.
     pub(crate) fn reserve(
         &mut self,
         device: &D,
@@ -285,7 +286,8 @@ impl<D: Backend> Scratch<D> {
         rows: usize,
         outputs: usize,
         workspace: usize,
-    ) -> Result<(), KernelError> {
+    ) -> Result<bool, KernelError> {
+        let mut moved = self.block.workspace.len() < workspace;
         if self.rows.reserve(device, config, rows)? {
             let (hidden, inner) = (config.hidden_size, config.intermediate_size);
             self.qkv = device.alloc(rows * (config.q_features() + 2 * config.kv_features()))?;
@@ -293,10 +295,13 @@ impl<D: Backend> Scratch<D> {
             self.block.delta = device.alloc(rows * hidden)?;
             self.block.gate_up = device.alloc(rows * 2 * inner)?;
             self.block.inner = device.alloc(rows * inner)?;
+            moved = true;
         }
         if self.outputs.reserve(device, config, outputs)? {
             self.logits = device.alloc(outputs * config.vocab_size)?;
+            moved = true;
         }
-        self.block.workspace.reserve(device, workspace)
+        self.block.workspace.reserve(device, workspace)?;
+        Ok(moved)
     }
 }

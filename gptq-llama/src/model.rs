@@ -19,6 +19,8 @@ use crate::{KvCache, LlamaConfig, LlamaError, projections::Projections};
 /// logits = lm_head(norm(h))
 /// ```
 pub struct Llama<D: Backend> {
+    /// Tells recordings of this model's steps from those of others.
+    id: u64,
     device: D,
     config: LlamaConfig,
     embedding: D::Embedding,

@@ -1,6 +1,6 @@
 use gptq_format::{PackedLinear, PackedParts};
 use gptq_kernels::{
-    Backend, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Workspace, select,
+    Backend, Epilogue, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Workspace, select,
 };
 
 use crate::{
@@ -51,11 +51,33 @@ impl<D: Backend> Preparation<'_, D> {
         name: &LinearName,
         weight: &LinearWeight<'_>,
     ) -> Result<Box<dyn Linear<D>>, LlamaError> {
+        self.fused(name, weight, Epilogue::Store)
+    }
+
+    /// A layer with an epilogue if the kernel that is best for it has it, and without one if not: the layer's spec says
+    /// which. The choice of the kernel does not depend on the epilogue.
+    pub(crate) fn fused(
+        &self,
+        name: &LinearName,
+        weight: &LinearWeight<'_>,
+        epilogue: Epilogue,
+    ) -> Result<Box<dyn Linear<D>>, LlamaError> {
         let in_layer = |source| LlamaError::Layer { tensor: name.module.clone(), source };
         match weight {
             LinearWeight::Packed(packed) => {
-                let kernel = self.select(name, &LinearSpec::of(packed), self.kernel)?;
-                kernel.prepare(packed).map_err(in_layer)
+                let spec = LinearSpec::of(packed);
+                let kernel = self.select(name, &spec, self.kernel)?;
+                if epilogue == Epilogue::Store {
+                    return kernel.prepare(packed).map_err(in_layer);
+                }
+                match kernel.supports(&spec.with_epilogue(epilogue)) {
+                    Ok(()) => kernel.prepare_fused(packed, epilogue).map_err(in_layer),
+                    Err(reason) => {
+                        let (layer, kernel_name) = (&name.module, kernel.name());
+                        tracing::debug!(layer, kernel = kernel_name, ?epilogue, %reason, "not fused");
+                        kernel.prepare(packed).map_err(in_layer)
+                    }
+                }
             }
             LinearWeight::Dense { tensor, bias } => {
                 let dense = tensor.as_dense(bias.as_deref());
@@ -92,10 +114,20 @@ impl<D: Backend> Preparation<'_, D> {
         &self,
         layers: &[(LinearName, LinearWeight<'_>)],
     ) -> Result<Projections<D>, LlamaError> {
+        self.fused_projections(layers, Epilogue::Store)
+    }
+
+    /// Layers in the order of their columns, with an epilogue if they become one layer whose kernel has it.
+    pub(crate) fn fused_projections(
+        &self,
+        layers: &[(LinearName, LinearWeight<'_>)],
+        epilogue: Epilogue,
+    ) -> Result<Projections<D>, LlamaError> {
         let features = layers.iter().map(|(name, _)| name.out_features).sum();
         if let Some(packed) = concatenate(layers) {
             let name = LinearName { module: fused_name(layers), ..layers[0].0.clone() };
-            let linear = self.linear(&name, &LinearWeight::Packed(packed))?;
+            let linear = self.fused(&name, &LinearWeight::Packed(packed), epilogue)?;
+            let features = linear.spec().y_features();
             return Ok(Projections { parts: vec![Part { offset: 0, linear }], features });
         }
         let mut offset = 0;
@@ -180,6 +212,11 @@ impl<D: Backend> Projections<D> {
         self.linears().map(|linear| linear.workspace_len(rows)).max().unwrap_or(0)
     }
 
+    /// Whether the output is that of an epilogue.
+    pub(crate) fn is_fused(&self) -> bool {
+        self.linears().any(|linear| linear.spec().epilogue != Epilogue::Store)
+    }
+
     pub(crate) fn linears(&self) -> impl Iterator<Item = &dyn Linear<D>> {
         self.parts.iter().map(|part| part.linear.as_ref())
     }
@@ -193,7 +230,7 @@ impl<D: Backend> Projections<D> {
     ) -> Result<(), KernelError> {
         let rows = x.rows();
         for part in &self.parts {
-            let cols = part.linear.spec().out_features;
+            let cols = part.linear.spec().y_features();
             let y = D::slice_mut(y, part.offset.min(rows * self.features)..rows * self.features);
             part.linear.forward(x, MatMut::with_stride(y, rows, cols, self.features)?, workspace)?;
         }

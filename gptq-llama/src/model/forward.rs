@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use gptq_kernels::{Backend, KernelError, Linear, MatRef};
+use gptq_kernels::{Backend, Epilogue, KernelError, Linear, MatRef, Workspace};
 use ndarray::Array2;
 
 use super::{DecoderLayer, Llama};
@@ -99,84 +99,144 @@ impl<D: Backend> Llama<D> {
         feeds: &[Feed<'_>],
     ) -> Result<Logits<'c, D>, LlamaError> {
         let (rows, outputs) = cache.plan(&self.device, &self.config, feeds)?;
-        let workspace = self.workspace_len(rows, outputs);
-        cache.scratch.reserve(&self.device, &self.config, rows, outputs, workspace)?;
-        self.device.run(|| self.run(cache, rows, outputs))?;
+        let workspace = self.workspace_len(&cache.step, rows, outputs);
+        if cache.scratch.reserve(&self.device, &self.config, rows, outputs, workspace)? {
+            cache.recordings = D::Recordings::default();
+        }
+        let KvCache { store, rope, step, scratch, recordings, timings, .. } = &mut *cache;
+        let mut pass = Pass { model: self, rope, step, store, scratch, rows, outputs };
+        match timings {
+            // Waiting for each part cannot be recorded.
+            Some(timings) => self.device.run(|| pass.run(Some(timings)))?,
+            None => self.device.replay(recordings, self.id, step, || pass.run(None))?,
+        }
         cache.commit(feeds);
         let matrix = mat(&cache.scratch.logits, outputs, self.config.vocab_size)?;
         Ok(Logits { device: &self.device, matrix })
     }
 
-    fn workspace_len(&self, rows: usize, outputs: usize) -> usize {
+    fn workspace_len(&self, step: &D::Step, rows: usize, outputs: usize) -> usize {
         let linear = |linear: &dyn Linear<D>, rows| linear.workspace_len(rows);
         let layers = self.layers.iter().map(|layer| {
             let linears = layer.qkv.linears().chain(layer.gate_up.linears());
             let linears = linears.chain([layer.o.as_ref(), layer.down.as_ref()]);
-            let attention = self.device.attention_workspace_len(rows, layer.attention);
+            let attention = self.device.attention_workspace_len(step, layer.attention);
             linears.map(|l| linear(l, rows)).max().unwrap_or(0).max(attention)
         });
         layers.max().unwrap_or(0).max(linear(self.lm_head.as_ref(), outputs))
     }
+}
 
-    fn run(&self, cache: &mut KvCache<D>, rows: usize, outputs: usize) -> Result<(), LlamaError> {
-        let (device, hidden) = (&self.device, self.config.hidden_size);
-        let eps = self.config.rms_norm_eps;
-        let KvCache { store, rope, step, scratch, timings, .. } = cache;
-        let Scratch { rows: stream, outputs: chosen, qkv, block, logits } = scratch;
-        if let Some(timings) = timings {
+/// One forward pass: what it reads and where it writes.
+struct Pass<'a, D: Backend> {
+    model: &'a Llama<D>,
+    rope: &'a D::Rope,
+    step: &'a D::Step,
+    store: &'a mut D::KvStore,
+    scratch: &'a mut Scratch<D>,
+    rows: usize,
+    outputs: usize,
+}
+
+/// Whether a block's sum has been added to the stream, or waits in `block.delta` for the next norm to add it.
+#[derive(Clone, Copy, PartialEq)]
+enum Residual {
+    Added,
+    Waiting,
+}
+
+impl<D: Backend> Pass<'_, D> {
+    fn run(&mut self, mut timings: Option<&mut Timings>) -> Result<(), LlamaError> {
+        let Self { model, rope, step, rows, outputs, .. } = *self;
+        let (device, config) = (&model.device, &model.config);
+        let hidden = config.hidden_size;
+        if let Some(timings) = &mut timings {
             timings.steps += 1;
         }
-        let mut watch = Stopwatch { device, timings: timings.as_mut(), last: Instant::now() };
-        device.embed(&self.embedding, step, mat_mut(&mut stream.hidden, rows, hidden)?)?;
-        let last = self.layers.len() - 1;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let norm = mat_mut(&mut block.norm, rows, hidden)?;
-            let weight = all::<D>(&layer.input_norm);
-            if i == 0 {
-                device.rms_norm(mat(&stream.hidden, rows, hidden)?, weight, eps, norm)?;
-            } else {
-                let residual = mat_mut(&mut stream.hidden, rows, hidden)?;
-                device.add_rms_norm(residual, mat(&block.delta, rows, hidden)?, weight, eps, norm)?;
-            }
+        let Scratch { rows: stream, outputs: chosen, qkv, block, logits } = &mut *self.scratch;
+        let mut watch = Stopwatch { device, timings, last: Instant::now() };
+        device.embed(&model.embedding, step, mat_mut(&mut stream.hidden, rows, hidden)?)?;
+        let mut residual = Residual::Added;
+        let last = model.layers.len() - 1;
+        for (i, layer) in model.layers.iter().enumerate() {
+            model.normalise(residual, &layer.input_norm, stream, block, rows)?;
             watch.lap(|t| &mut t.norms)?;
             layer.qkv.forward(mat(&block.norm, rows, hidden)?, qkv, &mut block.workspace)?;
             watch.lap(|t| &mut t.qkv)?;
-            let (shape, features) = (layer.attention, layer.qkv.features());
-            device.rope_append(i, shape, step, rope, mat_mut(qkv, rows, features)?, store)?;
-            watch.lap(|t| &mut t.rope)?;
+            let (shape, x) = (layer.attention, mat_mut(qkv, rows, layer.qkv.features())?);
             if i == last && outputs == 0 {
+                device.rope_append(i, shape, step, rope, x, self.store)?;
+                watch.lap(|t| &mut t.attention)?;
                 break;
             }
             let width = shape.out_features();
             let y = mat_mut(&mut stream.attention, rows, width)?;
-            let x = mat(qkv, rows, features)?;
-            device.attention(i, shape, step, store, x, y, &mut block.workspace)?;
+            device.attend(i, shape, step, rope, x, self.store, y, &mut block.workspace)?;
             watch.lap(|t| &mut t.attention)?;
-            if i < last {
-                self.finish_layer(layer, stream, block, rows, &mut watch)?;
-                continue;
+            // After the last attention only the rows that give logits matter. Rows of outputs rise, so that as many outputs
+            // as rows are all of them.
+            let (stream, rows) = if i == last && outputs < rows {
+                let y = mat_mut(&mut chosen.hidden, outputs, hidden)?;
+                device.gather_outputs(step, mat(&stream.hidden, rows, hidden)?, y)?;
+                let y = mat_mut(&mut chosen.attention, outputs, width)?;
+                device.gather_outputs(step, mat(&stream.attention, rows, width)?, y)?;
+                watch.lap(|t| &mut t.norms)?;
+                (&mut *chosen, outputs)
+            } else {
+                (&mut *stream, rows)
+            };
+            residual = model.finish_layer(layer, stream, block, rows, &mut watch)?;
+            if i == last {
+                model.normalise(residual, &model.norm, stream, block, rows)?;
+                watch.lap(|t| &mut t.norms)?;
+                let y = mat_mut(logits, rows, config.vocab_size)?;
+                model.lm_head.forward(mat(&block.norm, rows, hidden)?, y, &mut block.workspace)?;
+                watch.lap(|t| &mut t.lm_head)?;
             }
-            // After the last attention only the rows that give logits matter.
-            let y = mat_mut(&mut chosen.hidden, outputs, hidden)?;
-            device.gather_outputs(step, mat(&stream.hidden, rows, hidden)?, y)?;
-            let y = mat_mut(&mut chosen.attention, outputs, width)?;
-            device.gather_outputs(step, mat(&stream.attention, rows, width)?, y)?;
-            watch.lap(|t| &mut t.norms)?;
-            self.finish_layer(layer, chosen, block, outputs, &mut watch)?;
-            let residual = mat_mut(&mut chosen.hidden, outputs, hidden)?;
-            let norm = mat_mut(&mut block.norm, outputs, hidden)?;
-            let delta = mat(&block.delta, outputs, hidden)?;
-            device.add_rms_norm(residual, delta, all::<D>(&self.norm), eps, norm)?;
-            watch.lap(|t| &mut t.norms)?;
-            let x = mat(&block.norm, outputs, hidden)?;
-            let y = mat_mut(logits, outputs, self.config.vocab_size)?;
-            self.lm_head.forward(x, y, &mut block.workspace)?;
-            watch.lap(|t| &mut t.lm_head)?;
         }
         Ok(())
     }
+}
 
-    /// Everything of a layer after its attention, but the addition of `block.delta`.
+impl<D: Backend> Llama<D> {
+    /// `block.norm = norm(hidden)`, after what waits has been added.
+    fn normalise(
+        &self,
+        residual: Residual,
+        weight: &D::Buffer,
+        stream: &mut Stream<D>,
+        block: &mut Block<D>,
+        rows: usize,
+    ) -> Result<(), KernelError> {
+        let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
+        let (weight, y) = (all::<D>(weight), mat_mut(&mut block.norm, rows, hidden)?);
+        match residual {
+            Residual::Added => self.device.rms_norm(mat(&stream.hidden, rows, hidden)?, weight, eps, y),
+            Residual::Waiting => {
+                let x = mat_mut(&mut stream.hidden, rows, hidden)?;
+                self.device.add_rms_norm(x, mat(&block.delta, rows, hidden)?, weight, eps, y)
+            }
+        }
+    }
+
+    /// `hidden += linear(x)`, or `block.delta = linear(x)` if the kernel does not add.
+    fn project(
+        &self,
+        linear: &dyn Linear<D>,
+        x: MatRef<'_, D>,
+        hidden: &mut D::Buffer,
+        delta: &mut D::Buffer,
+        workspace: &mut Workspace<D>,
+    ) -> Result<Residual, KernelError> {
+        let (y, residual) = match linear.spec().epilogue {
+            Epilogue::Add => (hidden, Residual::Added),
+            _ => (delta, Residual::Waiting),
+        };
+        linear.forward(x, mat_mut(y, x.rows(), self.config.hidden_size)?, workspace)?;
+        Ok(residual)
+    }
+
+    /// Everything of a layer after its attention.
     fn finish_layer(
         &self,
         layer: &DecoderLayer<D>,
@@ -184,25 +244,29 @@ impl<D: Backend> Llama<D> {
         block: &mut Block<D>,
         rows: usize,
         watch: &mut Stopwatch<'_, D>,
-    ) -> Result<(), LlamaError> {
+    ) -> Result<Residual, KernelError> {
         let (hidden, inner) = (self.config.hidden_size, self.config.intermediate_size);
         let x = mat(&stream.attention, rows, layer.attention.out_features())?;
-        layer.o.forward(x, mat_mut(&mut block.delta, rows, hidden)?, &mut block.workspace)?;
+        let Block { delta, workspace, .. } = block;
+        let residual = self.project(layer.o.as_ref(), x, &mut stream.hidden, delta, workspace)?;
         watch.lap(|t| &mut t.o)?;
-        let residual = mat_mut(&mut stream.hidden, rows, hidden)?;
-        let norm = mat_mut(&mut block.norm, rows, hidden)?;
-        let delta = mat(&block.delta, rows, hidden)?;
-        let weight = all::<D>(&layer.post_norm);
-        self.device.add_rms_norm(residual, delta, weight, self.config.rms_norm_eps, norm)?;
+        self.normalise(residual, &layer.post_norm, stream, block, rows)?;
         watch.lap(|t| &mut t.norms)?;
-        layer.gate_up.forward(mat(&block.norm, rows, hidden)?, &mut block.gate_up, &mut block.workspace)?;
-        watch.lap(|t| &mut t.gate_up)?;
-        let x = mat(&block.gate_up, rows, 2 * inner)?;
-        self.device.silu_mul(x, mat_mut(&mut block.inner, rows, inner)?)?;
-        watch.lap(|t| &mut t.activation)?;
-        let x = mat(&block.inner, rows, inner)?;
-        layer.down.forward(x, mat_mut(&mut block.delta, rows, hidden)?, &mut block.workspace)?;
+        let x = mat(&block.norm, rows, hidden)?;
+        if layer.gate_up.is_fused() {
+            layer.gate_up.forward(x, &mut block.inner, &mut block.workspace)?;
+            watch.lap(|t| &mut t.gate_up)?;
+        } else {
+            layer.gate_up.forward(x, &mut block.gate_up, &mut block.workspace)?;
+            watch.lap(|t| &mut t.gate_up)?;
+            let x = mat(&block.gate_up, rows, 2 * inner)?;
+            self.device.silu_mul(x, mat_mut(&mut block.inner, rows, inner)?)?;
+            watch.lap(|t| &mut t.activation)?;
+        }
+        let Block { inner: x, delta, workspace, .. } = block;
+        let x = mat(x, rows, inner)?;
+        let residual = self.project(layer.down.as_ref(), x, &mut stream.hidden, delta, workspace)?;
         watch.lap(|t| &mut t.down)?;
-        Ok(())
+        Ok(residual)
     }
 }

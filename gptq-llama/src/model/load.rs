@@ -1,7 +1,10 @@
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use gptq_format::Checkpoint;
-use gptq_kernels::{AttentionShape, Backend, KernelError};
+use gptq_kernels::{AttentionShape, Backend, Epilogue, KernelError};
 
 use super::{DecoderLayer, Llama};
 use crate::{
@@ -85,8 +88,14 @@ impl<D: Backend> Llama<D> {
             .collect::<Result<_, _>>()?;
         let norm = load_norm(&device, source, names::FINAL_NORM, hidden)?;
         let embedding = device.embedding(&embedding.as_dense(None))?;
-        Ok(Self { device, config, embedding, layers, norm, lm_head })
+        Ok(Self { id: next_id(), device, config, embedding, layers, norm, lm_head })
     }
+}
+
+/// A number that no other model of this process has.
+fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 fn load_layer<D: Backend>(
@@ -101,7 +110,9 @@ fn load_layer<D: Backend>(
         let weight = read_linear(source, &name)?;
         Ok::<_, LlamaError>((name, weight))
     };
-    let alone = |module| read(module).and_then(|(name, weight)| prepare.linear(&name, &weight));
+    // Both end in an addition to the residual stream.
+    let adding =
+        |module| read(module).and_then(|(name, weight)| prepare.fused(&name, &weight, Epilogue::Add));
     let norm = |name| {
         load_norm(device, source, &format!("{}{name}", names::layer_prefix(layer)), config.hidden_size)
     };
@@ -109,10 +120,10 @@ fn load_layer<D: Backend>(
         attention: attention_shape(config, layer),
         input_norm: norm(names::INPUT_NORM)?,
         qkv: prepare.projections(&[read(Module::Q)?, read(Module::K)?, read(Module::V)?])?,
-        o: alone(Module::O)?,
+        o: adding(Module::O)?,
         post_norm: norm(names::POST_NORM)?,
-        gate_up: prepare.projections(&[read(Module::Gate)?, read(Module::Up)?])?,
-        down: alone(Module::Down)?,
+        gate_up: prepare.fused_projections(&[read(Module::Gate)?, read(Module::Up)?], Epilogue::SiluMul)?,
+        down: adding(Module::Down)?,
     })
 }
 

@@ -250,7 +250,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let qkv = mat_mut(&mut self.qkv, tokens, features)?;
         device.rope_append(0, shape, &self.step, &self.rope, qkv, &mut self.store)?;
         let mut out = device.alloc(tokens * shape.out_features())?;
-        self.workspace.reserve(device, device.attention_workspace_len(tokens, shape))?;
+        self.workspace.reserve(device, device.attention_workspace_len(&self.step, shape))?;
         let qkv = mat(&self.qkv, tokens, features)?;
         let y = mat_mut(&mut out, tokens, shape.out_features())?;
         device.attention(0, shape, &self.step, &self.store, qkv, y, &mut self.workspace)?;

@@ -1,0 +1,96 @@
+//! `--device` of the examples: a job that runs on any backend, and the backend that the command line asks for.
+
+use clap::{Args, ValueEnum};
+use gptq_kernels::{Backend, cpu::Cpu};
+
+use crate::failure::Failure;
+
+/// Where a model runs.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct DeviceArgs {
+    /// Where the model runs; cuda needs an example built with `--features cuda`, and a GPU
+    #[arg(long, value_enum, default_value_t = Place::Cpu, value_name = "DEVICE")]
+    pub device: Place,
+    /// Type of activations and caches on a GPU; the CPU has float32
+    #[arg(long, value_enum, default_value_t = Activations::Fp16, value_name = "TYPE")]
+    pub activations: Activations,
+}
+
+/// Kinds of devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Place {
+    /// This machine's processor.
+    Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
+}
+
+/// Types of activations on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Activations {
+    /// IEEE half.
+    Fp16,
+    /// bfloat16.
+    Bf16,
+}
+
+/// What an example does, on any device.
+pub trait Job {
+    /// Does it.
+    fn run<D: Backend>(&self, device: D, machine: &Machine) -> Result<(), Failure>;
+}
+
+/// What only the kind of device knows.
+pub struct Machine {
+    used: Box<dyn Fn() -> Option<u64>>,
+    /// Whether the device is a GPU.
+    pub gpu: bool,
+}
+
+impl Machine {
+    /// Bytes of memory that the model takes: of this process on the CPU, on a GPU what has been taken since the device was
+    /// opened. `None` where the system does not tell.
+    pub fn used_bytes(&self) -> Option<u64> {
+        (self.used)()
+    }
+}
+
+impl DeviceArgs {
+    /// Runs the job on the device.
+    pub fn run(&self, job: &impl Job) -> Result<(), Failure> {
+        match self.device {
+            Place::Cpu => job.run(Cpu, &Machine { used: Box::new(resident_bytes), gpu: false }),
+            Place::Cuda => self.run_on_gpu(job),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn run_on_gpu(&self, job: &impl Job) -> Result<(), Failure> {
+        use gptq_kernels::cuda::{CudaDevice, Element};
+
+        fn on<T: Element>(job: &impl Job) -> Result<(), Failure> {
+            let device = CudaDevice::<T>::new(0)?;
+            let context = std::sync::Arc::clone(device.stream().context());
+            let free = move || context.mem_get_info().ok().map(|(free, _)| free as u64);
+            let before = free();
+            let used = move || Some(before?.saturating_sub(free()?));
+            job.run(device, &Machine { used: Box::new(used), gpu: true })
+        }
+        match self.activations {
+            Activations::Fp16 => on::<half::f16>(job),
+            Activations::Bf16 => on::<half::bf16>(job),
+        }
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn run_on_gpu(&self, _: &impl Job) -> Result<(), Failure> {
+        Err("--device cuda: this example was built without it; build with --features cuda".into())
+    }
+}
+
+/// Memory of this process, where the system tells it as Linux does.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+}
