@@ -83,6 +83,12 @@ fn families() -> Vec<Family> {
         Family { name: "plain", source: "plain.cu", arch: "compute_80", images: plain },
         Family { name: "dense", source: "dense.cu", arch: "compute_80", images: dense },
         Family { name: "dense90", source: "dense.cu", arch: "compute_90", images: dense90 },
+        Family {
+            name: "quantize",
+            source: "quantize.cu",
+            arch: "compute_80",
+            images: vec![("quantize".into(), Vec::new())],
+        },
         Family { name: "gemv", source: "gemv_sm90.cu", arch: "compute_90", images: gemv },
         Family { name: "exllama", source: "exllama.cu", arch: "compute_80", images: exllama },
         Family { name: "marlin", source: "marlin.cu", arch: "compute_80", images: marlin },

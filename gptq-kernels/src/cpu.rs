@@ -9,6 +9,7 @@
 //! | `panel` | many rows: decode a segment, multiply it with all of them |
 //! | `float` | the float32 kernels made of these, with their arithmetic and its error |
 //! | `amx` | the tile kernel, with its arithmetic and its error |
+//! | `quantize` | gptq-core as this device's quantiser |
 //! | `columns` | output columns as something that threads may share out |
 
 #[cfg(target_arch = "x86_64")]
@@ -26,9 +27,16 @@ mod layout;
 mod neon;
 mod panel;
 mod portable;
+#[cfg(feature = "quantize")]
+mod quantize;
 mod simd;
 
 pub mod ops;
+
+#[cfg(feature = "quantize")]
+pub use quantize::CpuQuantizer;
+#[cfg(all(feature = "quantize", feature = "cuda"))]
+pub(crate) use quantize::with_f32;
 
 use std::ops::Range;
 

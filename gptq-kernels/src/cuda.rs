@@ -45,11 +45,15 @@ mod marlin_tiles;
 mod ops;
 mod pinned;
 mod plain;
+#[cfg(feature = "quantize")]
+mod quantize;
 mod repack;
 mod units;
 
 pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
 pub use ops::{CudaEmbedding, CudaKvStore, CudaRecordings, CudaRope, CudaStep};
+#[cfg(feature = "quantize")]
+pub use quantize::{CudaPrepared, CudaQuantized, CudaQuantizer, CudaSums};
 
 use crate::{LinearKernel, Unsupported};
 use dense::Dense;

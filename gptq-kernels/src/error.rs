@@ -63,6 +63,12 @@ pub enum Unsupported {
         /// Nominal group size of the layer.
         group_size: usize,
     },
+    /// Lazy blocks of this width do not fit in the device's shared memory, or are wider than any.
+    #[error("block_size {block_size} is not supported")]
+    BlockSize {
+        /// Columns between two lazy updates.
+        block_size: usize,
+    },
     /// The kernel does not do this shape.
     #[error("in_features {in_features}, out_features {out_features} is not supported")]
     Shape {

@@ -11,6 +11,8 @@ mod device;
 mod error;
 mod linear;
 mod matrix;
+#[cfg(feature = "quantize")]
+pub mod quantize;
 pub mod reference;
 mod select;
 

@@ -95,41 +95,62 @@ impl Blas {
         };
         let (ldx, ldw, ldy) =
             (stride("row stride of x", x)?, stride("row stride of w", w)?, stride("row stride of y", y)?);
-        self.context.bind_to_thread().map_err(|error| gpu_error("cuCtxSetCurrent", error))?;
-        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         let (alpha, beta) = (1.0f32, 0.0f32);
         // cuBLAS counts columns first: to it the operands are their transposes, and y^T = w x^T.
-        // SAFETY: the handle is alive and this thread alone has it; alpha and beta are read during the call; the caller
-        // vouches for the rest. Setting the stream first is what cuBLAS asks for: it resets the workspace.
+        // SAFETY: alpha and beta are read during the call; the caller vouches for the rest.
+        unsafe {
+            self.call("cublasGemmEx", stream, scratch, |handle| {
+                sys::cublasGemmEx(
+                    handle,
+                    cublasOperation_t::CUBLAS_OP_T,
+                    cublasOperation_t::CUBLAS_OP_N,
+                    n,
+                    rows,
+                    k,
+                    std::ptr::from_ref(&alpha).cast(),
+                    w.address as *const c_void,
+                    w.dtype,
+                    ldw,
+                    x.address as *const c_void,
+                    x.dtype,
+                    ldx,
+                    std::ptr::from_ref(&beta).cast(),
+                    y.address as *mut c_void,
+                    y.dtype,
+                    ldy,
+                    cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                    cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+                )
+            })
+        }
+    }
+
+    /// Calls a function of the library with the handle set to `stream` and `scratch`.
+    ///
+    /// # Safety
+    ///
+    /// `call` must be sound with a live handle of this context; its operands must stay valid until the stream has run it,
+    /// and so must the scratch, aligned to 256 bytes, which nothing else may use meanwhile; `stream` must be of this
+    /// context.
+    pub(super) unsafe fn call(
+        &self,
+        during: &'static str,
+        stream: CUstream,
+        scratch: Scratch,
+        call: impl FnOnce(sys::cublasHandle_t) -> sys::cublasStatus_t,
+    ) -> Result<(), KernelError> {
+        self.context.bind_to_thread().map_err(|error| gpu_error("cuCtxSetCurrent", error))?;
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the handle is alive and this thread alone has it. Setting the stream first is what cuBLAS asks for: it
+        // resets the workspace.
         unsafe {
             result::set_stream(handle.0, stream.cast())
                 .map_err(|error| blas_error("cublasSetStream", error))?;
             sys::cublasSetWorkspace_v2(handle.0, scratch.address as *mut c_void, scratch.bytes)
                 .result()
                 .map_err(|error| blas_error("cublasSetWorkspace", error))?;
-            result::gemm_ex(
-                handle.0,
-                cublasOperation_t::CUBLAS_OP_T,
-                cublasOperation_t::CUBLAS_OP_N,
-                n,
-                rows,
-                k,
-                std::ptr::from_ref(&alpha).cast(),
-                w.address as *const c_void,
-                w.dtype,
-                ldw,
-                x.address as *const c_void,
-                x.dtype,
-                ldx,
-                std::ptr::from_ref(&beta).cast(),
-                y.address as *mut c_void,
-                y.dtype,
-                ldy,
-                cublasComputeType_t::CUBLAS_COMPUTE_32F,
-                cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-            )
-            .map_err(|error| blas_error("cublasGemmEx", error))
         }
+        call(handle.0).result().map_err(|error| blas_error(during, error))
     }
 }
 

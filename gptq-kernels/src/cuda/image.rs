@@ -54,6 +54,12 @@ images! {
     "dense" &["dense", "add_bias"] =>
         "dense-f16-f16" "dense-f16-bf16" "dense-f16-f32" "dense-bf16-f16" "dense-bf16-bf16" "dense-bf16-f32";
     "dense90" &["dense", "add_bias"] => "dense90-f16" "dense90-bf16";
+    "quantize" &[
+        "add_span", "finish_sum", "difference_f16", "difference_bf16", "gather_matrix", "factor_leaf",
+        "reverse_matrix", "scale_triangle", "fit_grid", "search_grid", "gather_weight_f32", "gather_weight_f16",
+        "gather_weight_bf16", "zero_columns", "columns_gptq", "columns_gptaq", "update_gptq", "update_gptaq", "dequantize_f16", "dequantize_bf16",
+        "pack_codes", "pack_grids",
+    ] => "quantize";
     "gemv" &["gemv_1x16_2", "gemv_1x16_4", "gemv_2x8_2"] =>
         "gemv-f16-g128-sym" "gemv-f16-g128-asym" "gemv-f16-g64-sym" "gemv-f16-g64-asym"
         "gemv-f16-g32-sym" "gemv-f16-g32-asym"

@@ -1,0 +1,313 @@
+//! Second moments of activations that are on the device already.
+
+use gptq_core::GptqError;
+
+use super::{
+    gpu::{Extent, Gpu, Operand},
+    memory::{Memory, Pitched, copy_rows},
+};
+use crate::{KernelError, MatRef, cuda::CudaDevice, cuda::Element, quantize::QuantizeError};
+
+/// Tokens of one product.
+const CHUNK: usize = 2048;
+
+/// Products that are summed in float32.
+const SPAN: usize = 8;
+
+/// Rows of the Hessian that one product computes, as far as the diagonal.
+const SLAB: usize = 2048;
+
+/// Side of the tiles of `add_span` and `finish_sum`.
+const TILE: usize = 32;
+
+/// Sums of `x x^T`, and of `(x~ - x) x^T` for GPTAQ.
+///
+/// Products of halves are exact in float32. Tensor cores sum those of 2048 tokens, eight such sums are added in float32, and
+/// the result is added in float64. Tokens are cut into these chunks by their number alone: what does not fill one waits
+/// for more, so batches do not matter.
+pub struct CudaSums<T: Element> {
+    pub(super) in_features: usize,
+    /// Distance of rows of what waits, a multiple of 16 bytes.
+    stride: usize,
+    moment: Moment,
+    cross: Option<Cross<T>>,
+    pending: Memory<T>,
+    pending_rows: usize,
+    tokens: u64,
+}
+
+/// One matrix of sums, (n, n).
+struct Moment {
+    sum: Memory<f64>,
+    part: Memory<f32>,
+    /// Chunks in `part`.
+    chunks: usize,
+    empty: bool,
+}
+
+struct Cross<T> {
+    moment: Moment,
+    /// `x~ - x` of what waits, as the sum of two halves.
+    high: Memory<T>,
+    low: Memory<T>,
+}
+
+/// The finished moments, (n, n) in float64, rounded to float32 as the references hold them.
+pub(super) struct Moments {
+    pub(super) matrix: Memory<f64>,
+    pub(super) cross: Option<Memory<f64>>,
+    pub(super) diagonal: Vec<f64>,
+    pub(super) samples: u64,
+}
+
+/// `AddSpanArgs`.
+#[repr(C)]
+struct AddSpanArgs {
+    sum: u64,
+    part: u64,
+    n: u32,
+    lower: u32,
+    first: u32,
+}
+
+/// `FinishArgs`.
+#[repr(C)]
+struct FinishArgs {
+    sum: u64,
+    diagonal: u64,
+    non_finite: u64,
+    scale: f64,
+    n: u32,
+    lower: u32,
+}
+
+/// `DifferenceArgs`.
+#[repr(C)]
+struct DifferenceArgs {
+    x: u64,
+    reference: u64,
+    high: u64,
+    low: u64,
+    x_stride: u64,
+    reference_stride: u64,
+    stride: u64,
+    rows: u32,
+    n: u32,
+}
+
+impl Moment {
+    fn new<T: Element>(gpu: &Gpu<T>, n: usize) -> Result<Self, KernelError> {
+        Ok(Self {
+            sum: Memory::zeros(gpu.stream(), n * n)?,
+            part: Memory::zeros(gpu.stream(), n * n)?,
+            chunks: 0,
+            empty: true,
+        })
+    }
+
+    /// Adds the float32 sums to the float64 ones.
+    fn flush<T: Element>(&mut self, gpu: &Gpu<T>, n: usize, lower: bool) -> Result<(), KernelError> {
+        if self.chunks == 0 {
+            return Ok(());
+        }
+        let tiles = n.div_ceil(TILE);
+        let args = AddSpanArgs {
+            sum: self.sum.address(),
+            part: self.part.address(),
+            n: n as u32,
+            lower: lower.into(),
+            first: self.empty.into(),
+        };
+        // SAFETY: `AddSpanArgs` of the source; both matrices are (n, n) and freed in the stream's order.
+        unsafe { gpu.launch("add_span", (tiles, tiles), (256, 0), args) }?;
+        (self.chunks, self.empty) = (0, false);
+        Ok(())
+    }
+
+    /// Scales and rounds the sums; the diagonal.
+    fn finish<T: Element>(
+        mut self,
+        gpu: &Gpu<T>,
+        (n, scale, lower): (usize, f64, bool),
+    ) -> Result<(Memory<f64>, Vec<f64>), QuantizeError> {
+        self.flush(gpu, n, lower)?;
+        let stream = gpu.stream();
+        let diagonal = Memory::<f64>::zeros(stream, n)?;
+        let non_finite = Memory::copy_of(stream, &[u64::MAX])?;
+        let args = FinishArgs {
+            sum: self.sum.address(),
+            diagonal: diagonal.address(),
+            non_finite: non_finite.address(),
+            scale,
+            n: n as u32,
+            lower: lower.into(),
+        };
+        let tiles = n.div_ceil(TILE);
+        // SAFETY: `FinishArgs` of the source; the sum is (n, n), the diagonal (n), the index one element, all freed in the
+        // stream's order.
+        unsafe { gpu.launch("finish_sum", (tiles, tiles), (256, 0), args) }?;
+        if let Some(&index) = non_finite.to_host(stream)?.first()
+            && index != u64::MAX
+        {
+            let (row, column) = (index as usize / n, index as usize % n);
+            return Err(GptqError::NonFiniteHessian { row, column, value: f64::NAN }.into());
+        }
+        let diagonal = diagonal.to_host(stream)?;
+        Ok((self.sum, diagonal))
+    }
+}
+
+impl<T: Element> CudaSums<T> {
+    pub(super) fn new(gpu: &Gpu<T>, in_features: usize, with_reference: bool) -> Result<Self, KernelError> {
+        let stream = gpu.stream();
+        let stride = in_features.next_multiple_of(8);
+        let pending = || Memory::zeros(stream, CHUNK * stride);
+        let cross = if with_reference {
+            Some(Cross { moment: Moment::new(gpu, in_features)?, high: pending()?, low: pending()? })
+        } else {
+            None
+        };
+        Ok(Self {
+            in_features,
+            stride,
+            moment: Moment::new(gpu, in_features)?,
+            cross,
+            pending: pending()?,
+            pending_rows: 0,
+            tokens: 0,
+        })
+    }
+
+    /// The number of tokens so far.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
+    pub(super) fn add(
+        &mut self,
+        gpu: &Gpu<T>,
+        inputs: MatRef<'_, CudaDevice<T>>,
+        reference: Option<MatRef<'_, CudaDevice<T>>>,
+    ) -> Result<(), QuantizeError> {
+        let features = |what, matrix: &MatRef<'_, CudaDevice<T>>| {
+            let (expected, found) = (self.in_features, matrix.cols());
+            if found == expected { Ok(()) } else { Err(GptqError::Features { what, expected, found }) }
+        };
+        features("inputs", &inputs)?;
+        match (&self.cross, &reference) {
+            (Some(_), Some(reference)) => features("reference inputs", reference)?,
+            (None, None) => {}
+            (Some(_), None) => return Err(GptqError::MissingReference.into()),
+            (None, Some(_)) => return Err(GptqError::UnexpectedReference.into()),
+        }
+        if let Some(found) = reference.map(|reference| reference.rows())
+            && found != inputs.rows()
+        {
+            return Err(GptqError::ReferenceTokens { expected: inputs.rows(), found }.into());
+        }
+        let mut row = 0;
+        while row < inputs.rows() {
+            let at = |matrix: &MatRef<'_, CudaDevice<T>>| {
+                matrix.data().address() + (row * matrix.row_stride() * size_of::<T>()) as u64
+            };
+            let address = at(&inputs);
+            // Straight from where they are, if they fill a chunk and tensor cores can read them there.
+            let aligned = address.is_multiple_of(16) && inputs.row_stride().is_multiple_of(8);
+            if self.pending_rows == 0 && inputs.rows() - row >= CHUNK && aligned && self.cross.is_none() {
+                self.multiply(gpu, Operand::new(address, inputs.row_stride()), CHUNK)?;
+                row += CHUNK;
+                continue;
+            }
+            let count = (CHUNK - self.pending_rows).min(inputs.rows() - row);
+            let offset = (self.pending_rows * self.stride * size_of::<T>()) as u64;
+            let element = size_of::<T>();
+            let from = Pitched { address, pitch: inputs.row_stride() * element };
+            let to = Pitched { address: self.pending.address() + offset, pitch: self.stride * element };
+            // SAFETY: the caller's matrix holds `count` rows from `row` on, and `pending` CHUNK rows in all.
+            unsafe { copy_rows(gpu.stream(), from, to, self.in_features * element, count) }?;
+            if let (Some(cross), Some(reference)) = (&self.cross, &reference) {
+                let args = DifferenceArgs {
+                    x: address,
+                    reference: at(reference),
+                    high: cross.high.address() + offset,
+                    low: cross.low.address() + offset,
+                    x_stride: inputs.row_stride() as u64,
+                    reference_stride: reference.row_stride() as u64,
+                    stride: self.stride as u64,
+                    rows: count as u32,
+                    n: self.in_features as u32,
+                };
+                let entry = Gpu::<T>::typed("difference_f16", "difference_bf16");
+                // SAFETY: `DifferenceArgs` of the source; sizes as for the copy.
+                unsafe { gpu.launch(entry, (self.in_features.div_ceil(256), count), (256, 0), args) }?;
+            }
+            self.pending_rows += count;
+            row += count;
+            if self.pending_rows == CHUNK {
+                self.multiply_pending(gpu)?;
+            }
+        }
+        self.tokens += inputs.rows() as u64;
+        Ok(())
+    }
+
+    fn multiply_pending(&mut self, gpu: &Gpu<T>) -> Result<(), KernelError> {
+        let (tokens, n) = (self.pending_rows, self.in_features);
+        let x = Operand::new(self.pending.address(), self.stride);
+        self.multiply(gpu, x, tokens)?;
+        if let Some(cross) = &mut self.cross {
+            let moment = &mut cross.moment;
+            for (half, memory) in [&cross.high, &cross.low].into_iter().enumerate() {
+                let beta = if moment.chunks == 0 && half == 0 { 0.0 } else { 1.0 };
+                let difference = Operand::new(memory.address(), self.stride).transposed();
+                let sums = Operand::new(moment.part.address(), n);
+                // SAFETY: `tokens` rows of `stride` elements twice, and (n, n) sums.
+                unsafe {
+                    gpu.multiply_activations(Extent { m: n, n, k: tokens }, (difference, x), (beta, sums))
+                }?;
+            }
+            moment.chunks += 1;
+            if moment.chunks == SPAN {
+                moment.flush(gpu, n, false)?;
+            }
+        }
+        self.pending_rows = 0;
+        Ok(())
+    }
+
+    /// Adds `x^T x` of up to CHUNK tokens, on the lower triangle.
+    fn multiply(&mut self, gpu: &Gpu<T>, x: Operand, tokens: usize) -> Result<(), KernelError> {
+        let n = self.in_features;
+        let beta = if self.moment.chunks == 0 { 0.0 } else { 1.0 };
+        for first in (0..n).step_by(SLAB) {
+            let rows = SLAB.min(n - first);
+            let slab = Operand { address: x.address + (first * size_of::<T>()) as u64, ..x };
+            let sums = Operand::new(self.moment.part.address() + (first * n * size_of::<f32>()) as u64, n);
+            let extent = Extent { m: rows, n: first + rows, k: tokens };
+            // SAFETY: `tokens` rows of n elements; rows `first..first + rows` of the sums, as far as their diagonal.
+            unsafe { gpu.multiply_activations(extent, (slab.transposed(), x), (beta, sums)) }?;
+        }
+        self.moment.chunks += 1;
+        if self.moment.chunks == SPAN {
+            self.moment.flush(gpu, n, true)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish(mut self, gpu: &Gpu<T>) -> Result<Moments, QuantizeError> {
+        if self.tokens == 0 || self.in_features == 0 {
+            return Err(GptqError::NoSamples.into());
+        }
+        if self.pending_rows > 0 {
+            self.multiply_pending(gpu)?;
+        }
+        let (n, scale) = (self.in_features, 2.0 / self.tokens as f64);
+        drop(self.pending);
+        let (matrix, diagonal) = self.moment.finish(gpu, (n, scale, true))?;
+        let cross = match self.cross {
+            Some(cross) => Some(cross.moment.finish(gpu, (n, scale, false))?.0),
+            None => None,
+        };
+        Ok(Moments { matrix, cross, diagonal, samples: self.tokens })
+    }
+}
