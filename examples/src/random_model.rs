@@ -61,14 +61,18 @@ impl RandomModel {
     }
 
     fn int4(name: &str, in_features: usize, out_features: usize) -> Result<PackedLinear, LlamaError> {
-        let mut rng = Self::rng(name);
+        let first = Self::rng(name).next_u64();
         let words = Bits::B4.words(in_features) * out_features;
-        let mut qweight = Vec::with_capacity(words + 1);
-        while qweight.len() < words {
-            let word = rng.next_u64();
-            qweight.extend([word as u32, (word >> 32) as u32]);
-        }
-        qweight.truncate(words);
+        let mut qweight = vec![0; words];
+        qweight.par_chunks_mut(1 << 16).enumerate().for_each(|(i, block)| {
+            let mut rng = Rng::new(first.wrapping_add(i as u64));
+            for pair in block.chunks_mut(2) {
+                let word = rng.next_u64();
+                for (part, to) in pair.iter_mut().enumerate() {
+                    *to = (word >> (32 * part)) as u32;
+                }
+            }
+        });
         let groups = in_features.div_ceil(GROUP);
         // A uniform code of 0..=15 around 8 has a mean square of 21.5.
         let scale = f16::from_f64(1.0 / (21.5 * in_features as f64).sqrt());

@@ -23,6 +23,7 @@ struct AttentionArgs {
     u32 window;             // 0 for none
     u32 chunks;             // decode: for which there is room
     u32 stages;             // prefill: pages that shared memory holds, 1 or 2
+    u32 vectors;            // prefill: heads of qkv are aligned to 16 bytes, those of y to 4
     float scale;            // log2(e) / sqrt(head_dim)
 };
 
@@ -65,11 +66,25 @@ DEVICE void prefill(const AttentionArgs& args) {
     commit_copies();
 
     const u32 warp_query = first_query + warp * QUERIES;
-    for (u32 i = lane; i < QUERIES * P; i += 32) {
-        const u32 query = warp_query + i / P, d = i % P;
-        const bool there = query < tile_queries && d < args.head_dim;
-        const u16* from = args.qkv + (tile.row + query / group) * args.stride + (kv_head * group + query % group) * args.head_dim;
-        store_shared_2(queries + i * 2, there ? from[d] : (u16)0);
+    auto head_of = [&](u32 query) {
+        return args.qkv + (tile.row + query / group) * args.stride + (kv_head * group + query % group) * args.head_dim;
+    };
+    if (args.vectors) {
+        constexpr u32 PIECES = QUERIES * P / 8 / 32;
+        uint4 pieces[PIECES];
+#pragma unroll
+        for (u32 k = 0; k < PIECES; ++k) {
+            const u32 i = k * 32 + lane, query = warp_query + i / (P / 8), d = i % (P / 8) * 8;
+            pieces[k] = {0, 0, 0, 0};
+            if (query < tile_queries && d < args.head_dim) pieces[k] = *(const uint4*)(head_of(query) + d);
+        }
+#pragma unroll
+        for (u32 k = 0; k < PIECES; ++k) store_shared_16(queries + (k * 32 + lane) * 16, pieces[k]);
+    } else {
+        for (u32 i = lane; i < QUERIES * P; i += 32) {
+            const u32 query = warp_query + i / P, d = i % P;
+            store_shared_2(queries + i * 2, query < tile_queries && d < args.head_dim ? head_of(query)[d] : (u16)0);
+        }
     }
     __syncwarp();
     u32 q[P / 16][4];
@@ -164,11 +179,11 @@ DEVICE void prefill(const AttentionArgs& args) {
         for (u32 n = 0; n < P / 8; ++n) {
             const uint4 raw = load_shared_16(done + n * THREADS * 16);
             const float x[2] = {__uint_as_float(h == 0 ? raw.x : raw.z), __uint_as_float(h == 0 ? raw.y : raw.w)};
-#pragma unroll
-            for (u32 e = 0; e < 2; ++e) {
-                const u32 d = 8 * n + lane % 4 * 2 + e;
-                if (d < args.head_dim) to[d] = Half::from_float(__fmul_rn(x[e], inverse[h]));
-            }
+            const u32 d = 8 * n + lane % 4 * 2;
+            if (d >= args.head_dim) continue;
+            const u32 pair = pack<Half>(__fmul_rn(x[0], inverse[h]), __fmul_rn(x[1], inverse[h]));
+            if (args.vectors) *(u32*)(to + d) = pair;
+            else to[d] = (u16)pair, to[d + 1] = (u16)(pair >> 16);
         }
     }
 }
@@ -202,63 +217,50 @@ DEVICE void decode(const AttentionArgs& args) {
         fetch_values<P>(values, page_of<P>(args, 1, table[page], kv_head), lane, 0, 1);
         commit_copies();
     }
-    const u32 half = args.head_dim / 2;
-    const float* cos = args.cos + (u64)position * half;
-    const float* sin = args.sin + (u64)position * half;
+    // A thread has feature d and its partner in every PASS-th query; the first threads the new key too, the next ones the new
+    // value. All reads are on their way at once. Features of padding are zero.
+    constexpr u32 PAIRS = P / 2, PASS = THREADS / PAIRS, STEPS = QUERIES / PASS;
+    const u32 half = args.head_dim / 2, d = threadIdx.x % PAIRS, lead = threadIdx.x / PAIRS;
+    const bool real = lead < PASS && d < half, last_chunk = chunk == last_page / CHUNK_PAGES, fresh = last_chunk && lead < 2;
+    const float cosine = real ? args.cos[(u64)position * half + d] : 1.0f, sine = real ? args.sin[(u64)position * half + d] : 0.0f;
     await_previous();
 
-    // Queries, rotated; the new key, rotated, and the new value. Features of padding are zero.
-    const u16* qkv = args.qkv + row * args.stride;
-    for (u32 i = threadIdx.x; i < QUERIES * (P / 2); i += THREADS) {
-        const u32 query = i / (P / 2), d = i % (P / 2);
-        if (d < half) {
-            float a = 0.0f, b = 0.0f;
-            if (query < count) {
-                const u16* from = qkv + (first_head + query) * args.head_dim + d;
-                a = Half::to_float(from[0]), b = Half::to_float(from[half]);
-                rotate(a, b, cos[d], sin[d]);
-            }
-            store_shared_2(queries + query * ROW + d * 2, Half::from_float(a));
-            store_shared_2(queries + query * ROW + (d + half) * 2, Half::from_float(b));
-        } else {
-            store_shared_4(queries + query * ROW + d * 4, 0);
-        }
+    const u16* qkv = args.qkv + row * args.stride + d;
+    u16 lower[STEPS + 1] = {}, upper[STEPS + 1] = {};
+#pragma unroll
+    for (u32 k = 0; k < STEPS; ++k) {
+        const u32 query = lead + k * PASS;
+        const u16* from = qkv + (first_head + query) * args.head_dim;
+        if (real && query < count) lower[k] = from[0], upper[k] = from[half];
     }
-    const u16* key_from = qkv + (args.heads + kv_head) * args.head_dim;
-    const u16* value_from = key_from + args.kv_heads * args.head_dim;
-    if (chunk == last_page / CHUNK_PAGES) {
-        for (u32 d = threadIdx.x; d < P / 2; d += THREADS) {
-            if (d < half) {
-                float a = Half::to_float(key_from[d]), b = Half::to_float(key_from[d + half]);
-                rotate(a, b, cos[d], sin[d]);
-                store_shared_2(new_key + d * 2, Half::from_float(a));
-                store_shared_2(new_key + (d + half) * 2, Half::from_float(b));
-            } else {
-                store_shared_4(new_key + d * 4, 0);
-            }
+    if (real && fresh) {
+        const u16* from = qkv + (args.heads + lead * args.kv_heads + kv_head) * args.head_dim;
+        lower[STEPS] = from[0], upper[STEPS] = from[half];
+    }
+#pragma unroll
+    for (u32 k = 0; k <= STEPS; ++k) {
+        const u32 to = k < STEPS ? queries + (lead + k * PASS) * ROW : lead == 0 ? new_key : new_value;
+        float a = Half::to_float(lower[k]), b = Half::to_float(upper[k]);
+        if (k < STEPS || lead == 0) rotate(a, b, cosine, sine);
+        if (lead >= PASS || (k == STEPS && !fresh)) continue;
+        if (d < half) {
+            store_shared_2(to + d * 2, Half::from_float(a));
+            store_shared_2(to + (d + half) * 2, Half::from_float(b));
+        } else {
+            store_shared_4(to + d * 4, 0);
         }
-        for (u32 d = threadIdx.x; d < P; d += THREADS) store_shared_2(new_value + d * 2, d < args.head_dim ? value_from[d] : (u16)0);
     }
     __syncthreads();
 
     if (active) {
         const u32 slot = position % PAGE_LEN;
         wait_for_groups<1>();
-        if (newest) {
-            // The new key, into the pieces of the lanes that have it, and into the store.
-#pragma unroll 1
-            for (u32 i = 0; i < Page<P>::PIECES; ++i) {
-                if (key_of(i / Page<P>::PAIRS, lane) == slot)
-                    store_shared_16(keys + (i * 32 + lane) * 16, load_shared_16(new_key + (32 * (i % Page<P>::PAIRS) + lane % 4 * 8) * 2));
-            }
-            if (part == 0) {
-                u16* key = (u16*)page_of<P>(args, 0, table[page], kv_head) + slot * P;
-                u16* value = (u16*)page_of<P>(args, 1, table[page], kv_head) + slot;
-                for (u32 d = lane; d < P; d += 32) {
-                    key[d] = (u16)load_shared_2(new_key + d * 2);
-                    value[d * PAGE_LEN] = (u16)load_shared_2(new_value + d * 2);
-                }
-            }
+        // The new key, into the pieces of the lanes that have it.
+        if (newest && lane / 8 == slot / 8 % 4 && lane / 4 % 2 == slot % 2) {
+            const u32 nt = 4 * (slot / 32) + slot % 8 / 2;
+#pragma unroll
+            for (u32 j = 0; j < P / 32; ++j)
+                store_shared_16(keys + ((nt * (P / 32) + j) * 32 + lane) * 16, load_shared_16(new_key + (32 * j + lane % 4 * 8) * 2));
         }
         u32 q[P / 16][4], weights[4][4];
         load_queries<P>(q, queries, ROW, lane);
@@ -267,25 +269,29 @@ DEVICE void decode(const AttentionArgs& args) {
         const i32 page_end[2] = {(i32)position + 1 - start, (i32)position + 1 - start};
         const State state = page_weights<Half, P>(weights, q, keys, lane, args.scale, page_first, page_end);
         wait_for_groups<0>();
-        if (newest) {
-            clear_values<P>(values, lane, 0, 1, slot);
-#pragma unroll 1
-            for (u32 i = 0; i < Page<P>::PIECES; ++i) {
-                const u32 key = 32 * (i % 2) + lane % 4 * 8;
-                if (key == slot / 8 * 8)
-                    store_shared_2(values + (i * 32 + lane) * 16 + slot % 8 * 2, (u16)load_shared_2(new_value + (8 * (i / 2) + lane / 4) * 2));
-            }
-        }
         // The keys are not needed any more; the sums take their place, (count, P).
         __syncwarp();
         const u32 c = lane / 4;
+        auto keep = [&](const float (&sum)[4], u32 n) {
+            const u32 at = 8 * n + lane % 4 * 2;
 #pragma unroll
-        for (u32 n = 0; n < P / 8; ++n) {
-            float sum[4];
-            page_sum<Half>(sum, weights, values, lane, n);
-            const u32 d = 8 * n + lane % 4 * 2;
+            for (u32 e = 0; e < 4; ++e) store_shared_float_if(c + e / 2 * 8 < count, keys + ((c + e / 2 * 8) * P + at + e % 2) * 4, sum[e]);
+        };
+        if (newest) {
+            const NewValue at = new_value_at(slot, lane);
 #pragma unroll
-            for (u32 e = 0; e < 4; ++e) store_shared_float_if(c + e / 2 * 8 < count, keys + ((c + e / 2 * 8) * P + d + e % 2) * 4, sum[e]);
+            for (u32 n = 0; n < P / 8; ++n) {
+                float sum[4];
+                newest_page_sum<Half>(sum, weights, values, lane, n, at, load_shared_2(new_value + (8 * n + c) * 2));
+                keep(sum, n);
+            }
+        } else {
+#pragma unroll
+            for (u32 n = 0; n < P / 8; ++n) {
+                float sum[4];
+                page_sum<Half>(sum, weights, values, lane, n);
+                keep(sum, n);
+            }
         }
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
@@ -321,6 +327,14 @@ DEVICE void decode(const AttentionArgs& args) {
         if (d == 0) {
             float* state = args.partials + head_rows * args.chunks * P + head * 2;
             state[0] = max, state[1] = total;
+        }
+    }
+    if (last_chunk && part == 0) {
+        u16* key = (u16*)page_of<P>(args, 0, table[last_page], kv_head) + position % PAGE_LEN * P;
+        u16* value = (u16*)page_of<P>(args, 1, table[last_page], kv_head) + position % PAGE_LEN;
+        for (u32 i = threadIdx.x; i < P; i += THREADS) {
+            key[i] = (u16)load_shared_2(new_key + i * 2);
+            value[i * PAGE_LEN] = (u16)load_shared_2(new_value + i * 2);
         }
     }
     if (chunks == 1) return;

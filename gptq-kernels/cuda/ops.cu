@@ -31,7 +31,7 @@ DEVICE void embed(const EmbedArgs& args) {
     }
 }
 
-constexpr u32 NORM_THREADS = 512, HELD = 4;
+constexpr u32 NORM_THREADS = 512, HELD = 2;
 
 // y = x / sqrt(mean(x^2) + eps) * weight, where x is the residual after `delta` has been added to it, if there is one.
 struct NormArgs {

@@ -171,3 +171,42 @@ DEVICE void page_sum(float (&sum)[4], const u32 (&weights)[4][4], u32 values, u3
         Half::mma(sum, weights[2 * h + 1], v.z, v.w);
     }
 }
+
+// What of the values of a page is older than the new token, and where the new one belongs, for the pieces of one lane.
+struct NewValue {
+    u32 keep[2][4], insert[2][4];
+    u32 shift;
+};
+
+DEVICE NewValue new_value_at(u32 slot, u32 lane) {
+    NewValue out;
+    out.shift = slot % 2 * 16;
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+#pragma unroll
+        for (u32 w = 0; w < 4; ++w) {
+            const u32 key = 32 * h + lane % 4 * 8 + 2 * w;
+            out.keep[h][w] = (key < slot ? 0x0000FFFFu : 0) | (key + 1 < slot ? 0xFFFF0000u : 0);
+            out.insert[h][w] = key == slot / 2 * 2 ? 0xFFFFu << out.shift : 0;
+        }
+    }
+    return out;
+}
+
+// `page_sum` of the page of the new token: values behind it count as zero, whatever they are, and its own is `value`.
+template <class Half>
+DEVICE void newest_page_sum(float (&sum)[4], const u32 (&weights)[4][4], u32 values, u32 lane, u32 n, const NewValue& at, u32 value) {
+#pragma unroll
+    for (u32 e = 0; e < 4; ++e) sum[e] = 0.0f;
+    const u32 bits = value << at.shift;
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        uint4 v = load_shared_16(values + ((2 * n + h) * 32 + lane) * 16);
+        v.x = (v.x & at.keep[h][0]) | (bits & at.insert[h][0]);
+        v.y = (v.y & at.keep[h][1]) | (bits & at.insert[h][1]);
+        v.z = (v.z & at.keep[h][2]) | (bits & at.insert[h][2]);
+        v.w = (v.w & at.keep[h][3]) | (bits & at.insert[h][3]);
+        Half::mma(sum, weights[2 * h], v.x, v.y);
+        Half::mma(sum, weights[2 * h + 1], v.z, v.w);
+    }
+}

@@ -110,20 +110,36 @@ fn load_layer<D: Backend>(
         let weight = read_linear(source, &name)?;
         Ok::<_, LlamaError>((name, weight))
     };
-    // Both end in an addition to the residual stream.
-    let adding =
-        |module| read(module).and_then(|(name, weight)| prepare.fused(&name, &weight, Epilogue::Add));
     let norm = |name| {
         load_norm(device, source, &format!("{}{name}", names::layer_prefix(layer)), config.hidden_size)
     };
+    // Repacking takes longer than reading, and partly goes on one thread.
+    let qkv = [read(Module::Q)?, read(Module::K)?, read(Module::V)?];
+    let gate_up = [read(Module::Gate)?, read(Module::Up)?];
+    let (o, down) = (read(Module::O)?, read(Module::Down)?);
+    let ((qkv, o), (gate_up, down)) = rayon::join(
+        || {
+            rayon::join(
+                || prepare.projections(&qkv),
+                // This one and `down` end in an addition to the residual stream.
+                || prepare.fused(&o.0, &o.1, Epilogue::Add),
+            )
+        },
+        || {
+            rayon::join(
+                || prepare.fused_projections(&gate_up, Epilogue::SiluMul),
+                || prepare.fused(&down.0, &down.1, Epilogue::Add),
+            )
+        },
+    );
     Ok(DecoderLayer {
         attention: attention_shape(config, layer),
         input_norm: norm(names::INPUT_NORM)?,
-        qkv: prepare.projections(&[read(Module::Q)?, read(Module::K)?, read(Module::V)?])?,
-        o: adding(Module::O)?,
+        qkv: qkv?,
+        o: o?,
         post_norm: norm(names::POST_NORM)?,
-        gate_up: prepare.fused_projections(&[read(Module::Gate)?, read(Module::Up)?], Epilogue::SiluMul)?,
-        down: adding(Module::Down)?,
+        gate_up: gate_up?,
+        down: down?,
     })
 }
 

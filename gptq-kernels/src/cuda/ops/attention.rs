@@ -58,6 +58,7 @@ struct AttentionArgs {
     window: u32,
     chunks: u32,
     stages: u32,
+    vectors: u32,
     scale: f32,
 }
 
@@ -196,6 +197,7 @@ fn args<T: Element>(
         window: shape.window.map_or(0, |window| window.min(i32::MAX as usize) as u32),
         chunks: 0,
         stages: 0,
+        vectors: 0,
         scale: std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt(),
     }
 }
@@ -219,6 +221,9 @@ pub(super) fn prefill<T: Element>(
     let y = y.into_data();
     let mut args = args(layer, shape, step, store, &qkv, y.address(), y_stride);
     args.stages = kernels.stages;
+    let aligned = qkv.data().address().is_multiple_of(16) && y.address().is_multiple_of(4);
+    let strides = qkv.row_stride().is_multiple_of(8) && y_stride.is_multiple_of(2);
+    args.vectors = u32::from(aligned && strides && shape.head_dim.is_multiple_of(8));
     let grid = (step.shape().tiles as u32, (shape.kv_heads * group) as u32);
     let launch = device.shape(grid, THREADS, kernels.prefill_shared);
     // SAFETY: `AttentionArgs` field by field; `check` has compared qkv and the store with the step, whose pages are inside
