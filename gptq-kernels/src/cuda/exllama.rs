@@ -279,3 +279,46 @@ impl<T: Element> Linear<CudaDevice<T>> for ExllamaLinear<T> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gptq_format::{Bits, CodesRef};
+
+    #[test]
+    fn units_hold_the_layer() {
+        for bits in [Bits::B3, Bits::B4, Bits::B8] {
+            let (inputs, outputs, groups) = (130, 33, 130usize.div_ceil(32));
+            let most = usize::from(bits.max_code()) + 1;
+            let codes: Vec<u8> = (0..inputs * outputs).map(|i| (i * 7 % most) as u8).collect();
+            let zeros: Vec<u8> = (0..groups * outputs).map(|i| (i * 5 % most) as u8).collect();
+            let scales: Vec<f32> = (0..groups * outputs).map(|i| 1.0 + i as f32 / 256.0).collect();
+            let packed = PackedLinear::pack(&CodesRef {
+                bits,
+                group_size: 32,
+                in_features: inputs,
+                out_features: outputs,
+                codes: &codes,
+                zeros: &zeros,
+                scales: &scales,
+                g_idx: &(0..inputs as u32).map(|i| i / 32).collect::<Vec<_>>(),
+                bias: None,
+            })
+            .unwrap();
+            let units = Units::pack(&packed, Epilogue::Store);
+            assert_eq!((units.groups, units.asym, units.tiles, units.k_units), (4, true, 2, 2));
+            let stored = if bits == Bits::B8 { 8 } else { 4 };
+            let code_bytes = LANES * DEPTH * stored / 8;
+            let unit = code_bytes + 4 * LANES * 3;
+            assert_eq!(units.bytes.len(), 4 * unit);
+            // Feature 32, input features 128 and 129: second tile, second unit, lane 0, the first two codes.
+            let last = &units.bytes[3 * unit..];
+            let word = u32::from_le_bytes([last[0], last[1], last[2], last[3]]);
+            assert_eq!(word & ((1 << stored) - 1), u32::from(codes[32 * inputs + 128]));
+            assert_eq!(word >> stored & ((1 << stored) - 1), u32::from(codes[32 * inputs + 129]));
+            // Their group is the first of the unit.
+            assert_eq!(last[code_bytes..][..2], packed.scales()[4 * outputs + 32].to_le_bytes());
+            assert_eq!(last[code_bytes + 4 * LANES * 2], packed.unpack_zeros()[4 * outputs + 32]);
+        }
+    }
+}

@@ -14,8 +14,8 @@
 //! | 16 warps, 32 features x 32 rows each; counters by one atomic maximum and addition; shares by 32-bit arithmetic; tiles of 128 features for 33 to 64 rows | 103, 94, 128, 128; 56 | 8.9 / 10.2 / 17.1 / 41.7 / 142 | 8.5 / 10 / 13 / 28 / 95; few rows as expected, many are not limited by latency of the tensor core alone |
 //! | addresses of copies derived once a tile | 104, 97, 123, 128; 24 | 9.1 / 10.2 / 16.5 / 40.5 / 137 | -10 % from 256 rows on, found 3 % |
 //! | tried: one tile of eight rows at a time; all four at a time, scale applied every 32 input features; 3 or 6 stages; 256-byte prefetch | 128 | 40.1 / 43.7 / 40.3 and 41.3 / 40.4 for 256 rows | nothing gained: kept two, 64 features, 4, none |
-//! | tried: codes expanded step by step between products | 128; 16 | 9.0 / - / 16.9 / 40.1 / 135 | -20 % from 256 rows on, found 1 %; kept apart, which is simpler |
-//! | act-order up to 8 rows gathered by the kernel, a unit ahead | 105 | 10.8 for one act-ordered row, 12.0 for eight | within 10 % of 9.1; found 18 %, where writing x down in order first costs 2.2 us. For 16 rows it was 15.7 instead of 12.4: not used |
+//! | tried: codes expanded step by step between products | 128; 16 | 9.0 / – / 16.9 / 40.1 / 135 | -20 % from 256 rows on, found 1 %; kept apart, which is simpler |
+//! | act-order up to 8 rows gathered by the kernel, a unit ahead | 105 | 10.8 for one act-ordered row, 12.0 for eight | within 10 % of 9.1; found 18 % and 35 %. For 16 rows it was 15.7, where writing x down in order first adds about 2 us to 10.2: not used |
 //!
 //! What limits 256 rows and more is not found. Wrong kernels, to see what parts cost at 1024 rows, took 138 without expansion of
 //! codes, 132 with half of the loads of x from shared memory, 126 without copies, and 112 without application of scales, of
