@@ -25,7 +25,7 @@ use rayon::prelude::*;
 
 /// Input features, output features.
 const SHAPES: [(usize, usize); 4] = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)];
-const ROWS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 256, 1024];
+const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048];
 const GROUP: usize = 128;
 const ROTATED_BYTES: usize = 512 << 20;
 const REPLAYS: usize = 15;

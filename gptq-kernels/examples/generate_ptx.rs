@@ -21,6 +21,7 @@ const HALVES: [(&str, &str); 2] = [("f16", "Fp16"), ("bf16", "Bf16")];
 fn families() -> Vec<Family> {
     let mut plain = Vec::new();
     let mut gemv = Vec::new();
+    let mut wgmma = Vec::new();
     let (mut dense, mut dense90) = (Vec::new(), Vec::new());
     let (mut marlin, mut exllama) = (Vec::new(), Vec::new());
     for (half, class) in HALVES {
@@ -56,7 +57,10 @@ fn families() -> Vec<Family> {
             for (zero, asym) in [("sym", false), ("asym", true)] {
                 let groups = format!("-DIMAGE_GROUPS={}", 128 / group);
                 let macros = vec![half_macro.clone(), groups, format!("-DIMAGE_ASYM={asym}")];
-                gemv.push((format!("gemv-{half}-g{group}-{zero}"), macros));
+                gemv.push((format!("gemv-{half}-g{group}-{zero}"), macros.clone()));
+                if group == 128 {
+                    wgmma.push((format!("wgmma-{half}-g{group}-{zero}"), macros));
+                }
             }
         }
     }
@@ -92,6 +96,7 @@ fn families() -> Vec<Family> {
         Family { name: "gemv", source: "gemv_sm90.cu", arch: "compute_90", images: gemv },
         Family { name: "exllama", source: "exllama.cu", arch: "compute_80", images: exllama },
         Family { name: "marlin", source: "marlin.cu", arch: "compute_80", images: marlin },
+        Family { name: "wgmma", source: "wgmma_sm90.cu", arch: "compute_90a", images: wgmma },
     ]
 }
 

@@ -5,6 +5,7 @@
 //!
 //! | kernel | compute capability | layers |
 //! |---|---|---|
+//! | `cuda-wgmma-sm90` | 9.0 exactly | 4-bit, group size at least 128 or one group; any number of rows |
 //! | `cuda-gemv-sm90` | 9.0 | 4-bit, group size at least 32 or one group; fastest up to 8 rows |
 //! | `cuda-marlin` | 8.0 | up to 8 bits, group size at least 32 or one group; any number of rows, on tensor cores |
 //! | `cuda-exllama` | 8.0 | the same layers, without tensor cores; fast up to 4 rows |
@@ -49,6 +50,7 @@ mod plain;
 mod quantize;
 mod repack;
 mod units;
+mod wgmma;
 
 pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
 pub use ops::{CudaEmbedding, CudaKvStore, CudaRecordings, CudaRope, CudaStep};
@@ -61,6 +63,7 @@ use exllama::Exllama;
 use gemv::Gemv;
 use marlin::Marlin;
 use plain::Plain;
+use wgmma::Wgmma;
 
 /// The kernels that this GPU can run, fastest first.
 ///
@@ -83,6 +86,10 @@ type Kernels<T> = Vec<Box<dyn LinearKernel<CudaDevice<T>>>>;
 
 fn probe<T: Element>(device: &CudaDevice<T>) -> (Kernels<T>, Vec<(&'static str, Unsupported)>) {
     let (mut kernels, mut missing): (Kernels<T>, _) = (Vec::new(), Vec::new());
+    match Wgmma::new(device) {
+        Ok(kernel) => kernels.push(Box::new(kernel)),
+        Err(reason) => missing.push((wgmma::NAME, reason)),
+    }
     match Gemv::new(device) {
         Ok(kernel) => kernels.push(Box::new(kernel)),
         Err(reason) => missing.push((gemv::NAME, reason)),

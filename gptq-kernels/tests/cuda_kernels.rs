@@ -244,6 +244,12 @@ fn long_tall_and_extreme_layers_are_exact_enough() {
         rows(Layer::new(32768, 64), 3, 1.0),
         rows(Layer::new(32768, 64), 9, 1.0),
         rows(Layer::new(11008, 160), 8, 1.0),
+        rows(Layer::new(32768, 64), 40, 1.0),
+        rows(Layer::new(4096, 4100), 200, 1.0),
+        rows(Layer::new(1024, 8200), 600, 1.0),
+        rows(Layer { act_order: true, ..Layer::new(8192, 96) }, 300, 1.0),
+        rows(Layer { group_size: 48, ..Layer::new(1000, 50) }, 33, 1.0),
+        rows(Layer { scale: 0.5, ..Layer::new(4096, 64) }, 17, 500.0),
         rows(Layer::new(256, 96), 4096, 1.0),
         rows(Layer { act_order: true, ..Layer::new(8192, 96) }, 2, 1.0),
         rows(Layer { group_size: 48, ..Layer::new(1000, 50) }, 5, 1.0),
@@ -267,7 +273,7 @@ fn long_tall_and_extreme_layers_are_exact_enough() {
 
 #[test]
 fn a_thousand_runs_are_equal_to_the_bit() {
-    for rows in [1, 8] {
+    for rows in [1, 8, 16, 60, 150] {
         each::<f16>(&Layer::new(4096, 1024), |device, kernel, packed| {
             let mut random = Random(5);
             let run = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
@@ -294,13 +300,17 @@ fn activations_may_begin_anywhere() {
         Layer { act_order: true, ..Layer::new(14336, 70) },
     ];
     for layer in layers {
-        begin_anywhere(&layer);
+        for rows in [3, 20] {
+            begin_anywhere(&layer, rows);
+        }
     }
+    // More rows than are aligned at a time.
+    begin_anywhere(&Layer::new(640, 96), 300);
 }
 
-fn begin_anywhere(layer: &Layer) {
+fn begin_anywhere(layer: &Layer, rows: usize) {
     each::<bf16>(layer, |device, kernel, packed| {
-        let (rows, inputs, outputs) = (3, packed.in_features(), packed.out_features());
+        let (inputs, outputs) = (packed.in_features(), packed.out_features());
         let mut random = Random(11);
         let run = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
         let aligned = run.forward().unwrap();
@@ -351,11 +361,17 @@ fn begin_anywhere(layer: &Layer) {
 
 #[test]
 fn two_streams_at_once_do_not_meet() {
+    for rows in [2, 20] {
+        two_streams(rows);
+    }
+}
+
+fn two_streams(rows: usize) {
     each::<f16>(&Layer::new(4096, 2048), |device, kernel, packed| {
         let streams: Vec<Arc<CudaStream>> =
             (0..2).map(|_| device.stream().context().new_stream().unwrap()).collect();
         let mut random = Random(13);
-        let layer = Running::new(device, kernel, packed, 2, |_| random.symmetric()).unwrap();
+        let layer = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
         let alone = layer.forward().unwrap();
         let layer = &layer;
         std::thread::scope(|scope| {
@@ -364,19 +380,20 @@ fn two_streams_at_once_do_not_meet() {
                 let alone = &alone;
                 scope.spawn(move || {
                     let (inputs, outputs) = (packed.in_features(), packed.out_features());
-                    let mut buffer = device.alloc(2 * outputs).unwrap();
-                    let mut x = device.alloc(2 * inputs).unwrap();
-                    device.upload(&layer.x_host, CudaDevice::slice_mut(&mut x, 0..2 * inputs)).unwrap();
-                    let mut workspace = Workspace::new(&device, layer.layer.workspace_len(2)).unwrap();
+                    let mut buffer = device.alloc(rows * outputs).unwrap();
+                    let mut x = device.alloc(rows * inputs).unwrap();
+                    device.upload(&layer.x_host, CudaDevice::slice_mut(&mut x, 0..rows * inputs)).unwrap();
+                    let mut workspace = Workspace::new(&device, layer.layer.workspace_len(rows)).unwrap();
                     for _ in 0..50 {
                         for _ in 0..20 {
                             layer
                                 .layer
                                 .forward(
-                                    MatRef::new(CudaDevice::slice(&x, 0..2 * inputs), 2, inputs).unwrap(),
+                                    MatRef::new(CudaDevice::slice(&x, 0..rows * inputs), rows, inputs)
+                                        .unwrap(),
                                     MatMut::new(
-                                        CudaDevice::slice_mut(&mut buffer, 0..2 * outputs),
-                                        2,
+                                        CudaDevice::slice_mut(&mut buffer, 0..rows * outputs),
+                                        rows,
                                         outputs,
                                     )
                                     .unwrap(),
@@ -384,7 +401,7 @@ fn two_streams_at_once_do_not_meet() {
                                 )
                                 .unwrap();
                         }
-                        let mut y = vec![0.0; 2 * outputs];
+                        let mut y = vec![0.0; rows * outputs];
                         device.download(CudaDevice::slice(&buffer, 0..y.len()), &mut y).unwrap();
                         assert!(y.iter().zip(alone).all(|(a, b)| a.to_bits() == b.to_bits()));
                     }
@@ -396,22 +413,28 @@ fn two_streams_at_once_do_not_meet() {
 
 #[test]
 fn a_forward_pass_can_be_recorded_and_replayed() {
+    for rows in [1, 20] {
+        record_and_replay(rows);
+    }
+}
+
+fn record_and_replay(rows: usize) {
     each::<f16>(&Layer::new(1024, 512), |device, kernel, packed| {
         let (inputs, outputs) = (packed.in_features(), packed.out_features());
         // A second stream switches cudarc's event tracking on, were it not for what `CudaDevice::new` does.
         let _second = device.stream().context().new_stream().unwrap();
         let mut random = Random(17);
-        let run = Running::new(device, kernel, packed, 1, |_| random.symmetric()).unwrap();
+        let run = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
         let expected = run.forward().unwrap();
-        let mut y = device.alloc(outputs).unwrap();
-        let mut workspace = Workspace::new(device, run.layer.workspace_len(1)).unwrap();
+        let mut y = device.alloc(rows * outputs).unwrap();
+        let mut workspace = Workspace::new(device, run.layer.workspace_len(rows)).unwrap();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         device.stream().begin_capture(mode).unwrap();
         for _ in 0..3 {
             run.layer
                 .forward(
-                    MatRef::new(CudaDevice::slice(&run.x, 0..inputs), 1, inputs).unwrap(),
-                    MatMut::new(CudaDevice::slice_mut(&mut y, 0..outputs), 1, outputs).unwrap(),
+                    MatRef::new(CudaDevice::slice(&run.x, 0..rows * inputs), rows, inputs).unwrap(),
+                    MatMut::new(CudaDevice::slice_mut(&mut y, 0..rows * outputs), rows, outputs).unwrap(),
                     &mut workspace,
                 )
                 .unwrap();
@@ -419,8 +442,8 @@ fn a_forward_pass_can_be_recorded_and_replayed() {
         let flags = sys::CUgraphInstantiate_flags(0);
         let graph = device.stream().end_capture(flags).unwrap().expect("something was recorded");
         graph.launch().unwrap();
-        let mut got = vec![0.0; outputs];
-        device.download(CudaDevice::slice(&y, 0..outputs), &mut got).unwrap();
+        let mut got = vec![0.0; rows * outputs];
+        device.download(CudaDevice::slice(&y, 0..rows * outputs), &mut got).unwrap();
         assert_eq!(got, expected, "{}", kernel.name());
     });
 }

@@ -188,6 +188,35 @@ impl Function {
         Ok(blocks.unsigned_abs() as usize)
     }
 
+    /// Clusters of such a launch that the GPU can run at once.
+    pub(super) fn resident_clusters(&self, launch: Launch) -> Result<usize, KernelError> {
+        let failed = |error| gpu_error("asking for the clusters that fit", error);
+        self.module.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: the attribute is plain data for which all zeros are valid.
+        let mut attributes: [sys::CUlaunchAttribute; 1] = unsafe { std::mem::zeroed() };
+        attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attributes[0].value.clusterDim =
+            sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid.0,
+            gridDimY: launch.grid.1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared as u32,
+            hStream: std::ptr::null_mut(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: 1,
+        };
+        let mut clusters = 0;
+        // SAFETY: the function is alive, and the pointers are to live values of this frame.
+        unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, self.handle, &config) }
+            .result()
+            .map_err(failed)?;
+        Ok(usize::try_from(clusters).unwrap_or(0))
+    }
+
     /// Queues the kernel, whose only parameter is `args`.
     ///
     /// # Safety

@@ -53,9 +53,12 @@ use crate::{
 pub(super) const NAME: &str = "cuda-gemv-sm90";
 
 /// Parts of a sum, as in `gemv_sm90.cu`.
-const PARTS: usize = 16;
+pub(super) const PARTS: usize = 16;
 /// Rows of one pass.
-const ROWS: usize = 8;
+pub(super) const ROWS: usize = 8;
+
+/// Units of `2^-24` that a group's sum on the tensor core may be wrong by: see [`Gemv::error_bound`].
+pub(super) const GROUP_ROUNDINGS: usize = 8 * 17 * 2;
 
 pub(super) struct Gemv<T: Element> {
     device: CudaDevice<T>,
@@ -136,16 +139,16 @@ struct Plan {
     shape: Launch,
 }
 
-struct GemvLinear<T> {
+pub(super) struct GemvLinear<T> {
     spec: LinearSpec,
     /// For 1, 2, 3 and more rows, as many as fit.
     plans: Vec<Plan>,
-    units: Resident,
-    gather: Resident,
-    bias: Resident,
-    k_units: usize,
+    pub(super) units: Resident,
+    pub(super) gather: Resident,
+    pub(super) bias: Resident,
+    pub(super) k_units: usize,
     /// Output features, with the padding between gate and up.
-    unit_rows: usize,
+    pub(super) unit_rows: usize,
     element: PhantomData<T>,
 }
 
@@ -195,6 +198,37 @@ impl<T: Element> Gemv<T> {
         }
         Ok(None)
     }
+
+    /// The layer that `units` were packed from; `None` if a row of x does not fit.
+    pub(super) fn linear(
+        &self,
+        units: &Units,
+        spec: LinearSpec,
+    ) -> Result<Option<GemvLinear<T>>, KernelError> {
+        let zero = if units.asym { "asym" } else { "sym" };
+        let image = format!("gemv-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
+        let mut plans = Vec::with_capacity(ROWS);
+        for rows in 1..=ROWS {
+            match self.plan(&image, units, &spec, rows)? {
+                Some(plan) => plans.push(plan),
+                None => break,
+            }
+        }
+        if plans.is_empty() {
+            return Ok(None);
+        }
+        let stream = self.device.stream();
+        Ok(Some(GemvLinear {
+            units: Resident::new(stream, &units.bytes)?,
+            gather: Resident::new(stream, units.gather.as_deref().unwrap_or_default())?,
+            bias: Resident::new(stream, &units.bias)?,
+            k_units: units.k_units,
+            unit_rows: units.rows,
+            plans,
+            spec,
+            element: PhantomData::<T>,
+        }))
+    }
 }
 
 impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
@@ -237,30 +271,11 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
         self.supports(&spec).map_err(unsupported)?;
         let units = Units::pack(weight, epilogue);
-        let zero = if units.asym { "asym" } else { "sym" };
-        let image = format!("gemv-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
-        let mut plans = Vec::with_capacity(ROWS);
-        for rows in 1..=ROWS {
-            match self.plan(&image, &units, &spec, rows)? {
-                Some(plan) => plans.push(plan),
-                None => break,
-            }
-        }
-        if plans.is_empty() {
-            let (in_features, out_features) = (spec.in_features, spec.out_features);
-            return Err(unsupported(Unsupported::Shape { in_features, out_features }));
-        }
-        let stream = self.device.stream();
-        Ok(Box::new(GemvLinear {
-            units: Resident::new(stream, &units.bytes)?,
-            gather: Resident::new(stream, units.gather.as_deref().unwrap_or_default())?,
-            bias: Resident::new(stream, &units.bias)?,
-            k_units: units.k_units,
-            unit_rows: units.rows,
-            plans,
-            spec,
-            element: PhantomData::<T>,
-        }))
+        let linear = self.linear(&units, spec)?.ok_or_else(|| {
+            let (in_features, out_features) = (weight.in_features(), weight.out_features());
+            unsupported(Unsupported::Shape { in_features, out_features })
+        })?;
+        Ok(Box::new(linear))
     }
 
     /// `code - zero` and its product with an activation are exact. The tensor core adds 16 products to an accumulator by
@@ -274,7 +289,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {
         let shortest_group = 32;
         let groups_of_a_part = (2 * spec.in_features.div_ceil(PARTS)).div_ceil(shortest_group) + 4;
-        output_bound::<T>(ErrorBound::float32(8 * 17 * 2 + groups_of_a_part + PARTS + 2))
+        output_bound::<T>(ErrorBound::float32(GROUP_ROUNDINGS + groups_of_a_part + PARTS + 2))
     }
 }
 

@@ -113,10 +113,18 @@ impl RowOrder {
 impl Units {
     /// Repacks a 4-bit layer of at most [`MOST_FEATURES`] input features.
     pub(super) fn pack(weight: &PackedLinear, epilogue: Epilogue) -> Self {
+        Self::in_order(weight, epilogue, Order::best(weight.g_idx(), !weight.is_symmetric()))
+    }
+
+    /// The same with one group in every unit, whatever padding that takes.
+    pub(super) fn pack_by_group(weight: &PackedLinear, epilogue: Epilogue) -> Self {
+        Self::in_order(weight, epilogue, Order::new(weight.g_idx(), DEPTH))
+    }
+
+    fn in_order(weight: &PackedLinear, epilogue: Epilogue, order: Order) -> Self {
         debug_assert!(weight.bits() == Bits::B4 && weight.in_features() <= MOST_FEATURES);
         let asym = !weight.is_symmetric();
         let (inputs, outputs) = (weight.in_features(), weight.out_features());
-        let order = Order::best(weight.g_idx(), asym);
         let row_order = RowOrder::new(outputs, epilogue);
         let rows = row_order.rows();
         let k_units = order.columns.len() / DEPTH;
