@@ -2,6 +2,33 @@
 //!
 //! Up to 8 rows are [`cuda-gemv-sm90`](super::gemv)'s, which reads the same copy of the weight; more rows go through `wgmma`
 //! with 16, 32, 64 or 128 tokens at a time.
+//!
+//! # How it came to be
+//!
+//! Microseconds on an H200, fp16, groups of 128, in a CUDA graph over rotated weights, for 4096 x 4096 / 4096 x 11008 /
+//! 11008 x 4096 / 8192 x 28672; prototypes around `wgmma_sm90.cu`, compiled by nvcc 13.0, with the best of several shapes and
+//! slices. cuBLAS fp16 in the same run, at 64 and 256 rows: 11.6 / 24 / 29 / 115 and 16.3 to 18.3 / 34 / 39 / 180.
+//!
+//! | version | 16 rows | 64 rows | 256 rows | expected, and what happened |
+//! |---|---|---|---|---|
+//! | before: an operand A from registers without overlap, all of x staged first | 8.5 / 15.0 / 19.9 / 66.4 | 27.6 / 43.4 / - / - | - | |
+//! | a ring of x (tensor map, 128-byte swizzle) and units, one warp that copies, batches of four steps expanded while four are multiplied, slices in a cluster | 6.4 / 10.6 / 11.3 / 38.3 | 9.2 / 17.0 / 17.4 / 56.6 | 16.2 / 47.2 / 34.4 / 190 | 6 / 9 / 9 / 36, 10 / 15 / 15 / 55; as hoped on small layers |
+//! | an order of codes that both kernels read (see `unit.cuh`); natural order alone cost the GEMV 12 % at 8 rows | 6.5 / 11.1 / 12.6 / 41.8 | 9.1 / 15.5 / 17.1 / 61.6 | 17.4 / 36.5 / 37.1 / 205 | nothing lost; clocks were lower, cuBLAS lost 5 % too |
+//! | rehearsal as in the GEMV | 6.8 / 11.3 / 12.9 / 41.0 | 9.7 / 16.4 / 17.8 / 59.0 | 19.0 / 45.6 / 38.2 / 206 | -1; found +0.4 to +3: blocks that fill a multiprocessor rehearse on the critical path. Removed |
+//! | two warpgroups take turns at the tensor core through named barriers | - | 9.4 / 17.8 / 17.9 / 63.9 | 17.5 / 50.2 / 37.3 / 224 | -15 %; nothing. Removed |
+//! | three warpgroups, batches of two steps so that 160 registers do | - | - | - / 36.5 / - / - | 4096 x 11008 fits one wave: 33; found 36.5 |
+//! | blocks walk over tiles | - | - | - / - / - / 201 | -10 % with many rows; 1 % to 7 % |
+//! | results finished four pieces at a time, in a loop | 6.6 / 10.6 / 11.9 / 36.6 | 9.9 / 15.6 / 17.6 / 60.0 | 17.0 / 38.5 / 36.6 / 201 | 100 KB of PTX less; -1 at 256 rows of 4096 x 4096 |
+//!
+//! What limits many rows: a `wgmma` with operand A in registers takes about 17 cycles more than its N / 2, from the slopes over
+//! in_features at N = 64 and 128, so 128 tokens reach 77 % of the tensor core; 256 would need 256 registers for exact scales. At
+//! 2048 rows the clock falls from 1.98 to about 1.5 GHz, as it does for cuBLAS.
+//!
+//! No spills as nvcc 13.0 compiles it: 71 (16 tokens), 87 (32), 127 (64), 168 before the hand-over and up to 240 after it (128).
+//! **The shipped PTX, made by NVRTC 12.0, is slower by 15 to 50 %** (`benches/RESULTS-cuda.md`): because the address of the tensor
+//! map is taken, that compiler reads all arguments of the same structure by generic loads, one of them for every unit, and
+//! descriptors then go through ordinary registers; nvcc 13.0 does neither. A parameter of its own for the map should
+//! cure it; that has not been tried on a GPU.
 
 mod plan;
 
