@@ -11,8 +11,9 @@
 //! | merge a LoRA adapter | [`LoraWeights`] |
 //! | bring weights from elsewhere | [`WeightSource`], [`MemoryWeights`] |
 //!
-//! The model is generic over a [`Backend`](gptq_kernels::Backend), names no kernel, and takes quantised and dense layers
-//! alike. What is computed for a sequence depends on that sequence alone, to the bit.
+//! The model is generic over a [`Backend`](gptq_kernels::Backend): the CPU, or with feature `cuda` an NVIDIA GPU in fp16 or
+//! bf16. It names no kernel, and takes quantised and dense layers alike. What is computed for a sequence depends on that
+//! sequence alone, to the bit, as long as its steps stay in one row class of the layers' kernels.
 //!
 //! A random model, quantised in memory and compared with itself:
 //!
