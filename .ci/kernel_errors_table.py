@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Makes docs/KERNEL-ERRORS.md of what `run tests` of the bundle of .ci/gpu-bundle printed:
 
-    python3 .ci/kernel_errors_table.py OUTPUT > docs/KERNEL-ERRORS.md
+    python3 .ci/kernel_errors_table.py OUTPUT [NOTE] > docs/KERNEL-ERRORS.md
+
+NOTE goes below the introduction.
 """
 
 import re
@@ -15,8 +17,8 @@ fp16 or bf16, plus a small multiple of `2^-24 sum |x w|` for the accumulation in
 all of these layers, the worst of many thousand outputs comes close to 1 by the rounding alone. Empty where a kernel does
 not do such layers. Epilogues count with the kind of layer that they end.
 
-{gpu}; `.ci/gpu-bundle`, then `run tests`, which prints these numbers and fails above 1; this page is made of them by
-`.ci/kernel_errors_table.py`.
+{gpu}; `.ci/gpu-bundle`, then `run tests`, which prints these numbers and fails above 1;
+this page is made of them by `.ci/kernel_errors_table.py`. {note}
 """
 PACKED = re.compile(
     r"Packed \{ bits: B(\d), group_size: (None|Some\((\d+)\)), sym: (\w+), groups: (\w+) \}"
@@ -48,13 +50,21 @@ def read(lines):
     return gpu, worst
 
 
-def table(worst, columns):
-    yield "| bits | zero | features | group | " + " | ".join(", ".join(column) for column in columns) + " |"
-    yield "|---" * (4 + len(columns)) + "|"
-    for layer, found in worst.items():
-        numbers = [f"{found[column]:.3f}" if column in found else "" for column in columns]
-        if any(numbers):
-            yield "| " + " | ".join([*layer, *numbers]) + " |"
+def tables(worst, columns):
+    """One table of packed layers and one of float layers, each with the kernels that do such layers."""
+    for floats in (False, True):
+        part = {layer: found for layer, found in worst.items() if (layer[0] == "float") == floats}
+        used = [column for column in columns if any(column in found for found in part.values())]
+        if not used:
+            continue
+        cells = ["weight"] if floats else ["bits", "zero", "features", "group"]
+        yield "| " + " | ".join([*cells, *(", ".join(column) for column in used)]) + " |"
+        yield "|---" * (len(cells) + len(used)) + "|"
+        for layer, found in part.items():
+            numbers = [f"{found[column]:.3f}" if column in found else "" for column in used]
+            if any(numbers):
+                yield "| " + " | ".join([*(layer[1:2] if floats else layer), *numbers]) + " |"
+        yield ""
 
 
 def main():
@@ -68,8 +78,8 @@ def main():
     group = lambda layer: int(layer[3]) if layer[3].isdigit() else 1 << 30
     rank = lambda layer: (layer[0], layer[1] != "sym", orders.index(layer[2]) if layer[2] else 0, group(layer))
     worst = dict(sorted(worst.items(), key=lambda item: rank(item[0])))
-    print(HEAD.format(gpu=gpu))
-    print("\n".join(table(worst, [column for column in columns if column not in generic])))
+    print(HEAD.format(gpu=gpu, note=" ".join(sys.argv[2:])).replace(" \n", "\n"))
+    print("\n".join(tables(worst, [column for column in columns if column not in generic])).rstrip())
     if generic:
         print("\n## Generic images\n")
         print("The same GPU, made to run the images for compute capability 8.0, as all older ones do.\n")
@@ -77,7 +87,7 @@ def main():
             layer: {(k, d.removesuffix(", generic image")): units for (k, d), units in found.items() if (k, d) in generic}
             for layer, found in worst.items()
         }
-        print("\n".join(table(renamed, [(k, d.removesuffix(", generic image")) for k, d in generic])))
+        print("\n".join(tables(renamed, [(k, d.removesuffix(", generic image")) for k, d in generic])).rstrip())
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let spec = LinearSpec { in_features, out_features, weight, bias: false, epilogue: Epilogue::Store };
         let added = table.measure_with(&device, &kernels, &spec, &ROWS, settings)?;
         println!("{in_features} x {out_features}, {weight:?}: {added} times");
+        table.save(Path::new(&path))?;
     }
-    table.save(Path::new(&path))?;
     Ok(())
 }
