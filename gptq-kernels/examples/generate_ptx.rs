@@ -1,9 +1,10 @@
 //! Compiles the CUDA sources in `cuda/` to the PTX images in `cuda/ptx/` and writes their manifests. `cuda/README.md` says
 //! how to run it.
 
-use std::{collections::BTreeSet, env, error::Error, fs, path::Path};
+use std::{collections::BTreeSet, env, error::Error, fs, io::Write, path::Path};
 
 use cudarc::nvrtc::{self, CompileOptions};
+use lzma_rust2::{LzmaOptions, LzmaWriter};
 use sha2::{Digest, Sha256};
 
 /// Images of one source. They have a folder and a manifest of their own.
@@ -149,6 +150,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         for name in sources {
             manifest += &format!("{}  {name}\n", hash(&fs::read(cuda.join(&name))?));
         }
+        let options = LzmaOptions::with_preset(9);
+        let mut archive = LzmaWriter::new_use_header(Vec::new(), &options, None)?;
         for (name, mut macros) in family.images {
             let arch = format!("--gpu-architecture={}", family.arch);
             macros.extend(["--std=c++17".into(), "-default-device".into(), arch]);
@@ -159,11 +162,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             };
             let ptx = nvrtc::compile_ptx_with_opts(fs::read_to_string(cuda.join(family.source))?, options)
                 .map_err(|error| format!("{name}: {error:#?}"))?;
-            let packed = miniz_oxide::deflate::compress_to_vec_zlib(strip(&ptx.to_src()).as_bytes(), 9);
-            let file = format!("ptx/{}/{name}.ptx.z", family.name);
-            fs::write(cuda.join(&file), &packed)?;
-            manifest += &format!("{}  {file}\n", hash(&packed));
+            let ptx = strip(&ptx.to_src());
+            writeln!(archive, "{name} {}", ptx.len())?;
+            archive.write_all(ptx.as_bytes())?;
         }
+        let packed = archive.finish()?;
+        let file = format!("ptx/{}/images.lzma", family.name);
+        fs::write(cuda.join(&file), &packed)?;
+        manifest += &format!("{}  {file}\n", hash(&packed));
         fs::write(folder.join("manifest.txt"), manifest)?;
     }
     Ok(())

@@ -1,17 +1,23 @@
 //! The PTX images that ship with the crate.
 //!
-//! `cuda/*.cu` are compiled by `examples/generate_ptx.rs` into `cuda/ptx/`, compressed by zlib, and included here, so that a
-//! user needs nothing but the driver. The images of one source are a family, with a manifest that holds the SHA-256 of
-//! every source file and every image; the tests of this module fail if either is stale or an entry point is missing.
+//! `cuda/*.cu` are compiled by `examples/generate_ptx.rs` into `cuda/ptx/` and included here, so that a user needs nothing
+//! but the driver. The images of one source are a family: one archive, compressed by LZMA because images of a family say
+//! the same with other types, and a manifest that holds the SHA-256 of every source file and of the archive. The tests of
+//! this module fail if either is stale or an entry point is missing.
+//!
+//! An archive is a sequence of images: name, space, length in bytes, line feed, PTX.
 
-use miniz_oxide::inflate::decompress_to_vec_zlib_with_limit;
+use std::io::{BufRead, BufReader, Read};
+
+use lzma_rust2::LzmaReader;
 
 /// One PTX image.
 #[derive(Debug)]
 pub(super) struct Image {
-    /// Its name, also that of its file.
+    /// Its name.
     pub(super) name: &'static str,
-    packed: &'static [u8],
+    /// The archive of its family.
+    archive: &'static [u8],
     /// The family, and the kernels in it.
     #[cfg_attr(not(test), allow(dead_code))]
     family: &'static str,
@@ -21,13 +27,25 @@ pub(super) struct Image {
 
 /// More than any image has.
 const MOST_BYTES: usize = 4 << 20;
+/// Memory that unpacking may take, in KiB.
+const MOST_MEMORY: u32 = 64 << 10;
 
 impl Image {
-    /// The PTX, with a NUL at the end; `None` if it is damaged.
+    /// The PTX, with a NUL at the end; `None` if the archive is damaged.
     pub(super) fn ptx(&self) -> Option<Vec<u8>> {
-        let mut ptx = decompress_to_vec_zlib_with_limit(self.packed, MOST_BYTES).ok()?;
-        ptx.push(0);
-        Some(ptx)
+        let mut archive = BufReader::new(LzmaReader::new_mem_limit(self.archive, MOST_MEMORY, None).ok()?);
+        loop {
+            let mut header = String::new();
+            archive.read_line(&mut header).ok()?;
+            let (name, len) = header.trim_end().split_once(' ')?;
+            let len = len.parse().ok().filter(|&len| len <= MOST_BYTES)?;
+            let mut ptx = vec![0; len];
+            archive.read_exact(&mut ptx).ok()?;
+            if name == self.name {
+                ptx.push(0);
+                return Some(ptx);
+            }
+        }
     }
 }
 
@@ -36,7 +54,7 @@ macro_rules! images {
         /// All images.
         pub(super) static IMAGES: &[Image] = &[$($(Image {
             name: $name,
-            packed: include_bytes!(concat!("../../cuda/ptx/", $family, "/", $name, ".ptx.z")),
+            archive: include_bytes!(concat!("../../cuda/ptx/", $family, "/images.lzma")),
             family: $family,
             entries: $entries,
         },)*)*];
@@ -97,7 +115,7 @@ pub(super) fn find(name: &str) -> Option<&'static Image> {
 #[cfg(test)]
 mod tests {
     use std::{
-        collections::BTreeSet,
+        collections::{BTreeMap, BTreeSet},
         fs,
         path::{Path, PathBuf},
     };
@@ -140,8 +158,7 @@ mod tests {
                     compiled.insert(file.to_owned());
                 }
             }
-            let images = IMAGES.iter().filter(|image| image.family == family);
-            needed.extend(images.map(|image| format!("ptx/{family}/{}.ptx.z", image.name)));
+            needed.insert(format!("ptx/{family}/images.lzma"));
             assert_eq!(listed, needed, "{family}");
         }
         let sources =
@@ -160,6 +177,8 @@ mod tests {
             assert_eq!(ptx.matches(".entry ").count(), image.entries.len(), "{}", image.name);
             assert!(ptx.contains(".version 8.0"), "{}", image.name);
         }
-        assert!(IMAGES.iter().map(|image| image.packed.len()).sum::<usize>() < 2 << 20);
+        let families: BTreeMap<_, _> =
+            IMAGES.iter().map(|image| (image.family, image.archive.len())).collect();
+        assert!(families.values().sum::<usize>() < 2 << 20, "{families:?}");
     }
 }
