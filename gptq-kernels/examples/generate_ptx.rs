@@ -150,7 +150,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         for name in sources {
             manifest += &format!("{}  {name}\n", hash(&fs::read(cuda.join(&name))?));
         }
-        let options = LzmaOptions::with_preset(9);
+        let options = LzmaOptions { dict_size: 8 << 20, ..LzmaOptions::with_preset(9) };
         let mut archive = LzmaWriter::new_use_header(Vec::new(), &options, None)?;
         for (name, mut macros) in family.images {
             let arch = format!("--gpu-architecture={}", family.arch);

@@ -27,8 +27,8 @@ pub(super) struct Image {
 
 /// More than any image has.
 const MOST_BYTES: usize = 4 << 20;
-/// Memory that unpacking may take, in KiB.
-const MOST_MEMORY: u32 = 64 << 10;
+/// Memory that unpacking may take, in KiB: a dictionary of 8 MiB, and little else.
+const MOST_MEMORY: u32 = 16 << 10;
 
 impl Image {
     /// The PTX, with a NUL at the end; `None` if the archive is damaged.
