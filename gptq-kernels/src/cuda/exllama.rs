@@ -22,7 +22,7 @@ use super::{
     driver::{Function, Launch, Resident},
     plain::output_bound,
     repack::{feature_at, places, stored},
-    units::{MOST_FEATURES, NONE, Order},
+    units::{MOST_FEATURES, NONE, Order, check_grouping},
 };
 use crate::{
     Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
@@ -154,16 +154,8 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Exllama<T> {
         let WeightFormat::Gptq { group_size, .. } = spec.weight else {
             return Err(Unsupported::WeightFormat);
         };
-        // Smaller groups would be more padding than weight.
-        if group_size < 32 && group_size < spec.in_features {
-            return Err(Unsupported::GroupSize { group_size });
-        }
         // Columns are 16-bit numbers.
-        if spec.in_features > MOST_FEATURES || spec.out_features >= 1 << 24 {
-            let (in_features, out_features) = (spec.in_features, spec.out_features);
-            return Err(Unsupported::Shape { in_features, out_features });
-        }
-        Ok(())
+        check_grouping(spec, group_size, MOST_FEATURES)
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {

@@ -43,7 +43,7 @@ use super::{
     CudaDevice, Element,
     driver::{Function, Launch, Resident},
     plain::output_bound,
-    units::{DEPTH, MOST_FEATURES, STRIPE, Units, unit_bytes},
+    units::{DEPTH, MOST_FEATURES, STRIPE, Units, check_grouping, unit_bytes},
 };
 use crate::{
     Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
@@ -246,16 +246,8 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         if bits != Bits::B4 {
             return Err(Unsupported::Bits { bits: bits.get() });
         }
-        // Smaller groups would be more padding than weight.
-        if group_size < 32 && group_size < spec.in_features {
-            return Err(Unsupported::GroupSize { group_size });
-        }
         // One row of x, with the padding of its groups, has to fit in the shared memory of a block twice.
-        if spec.in_features > MOST_FEATURES / 2 + 1 || spec.out_features >= 1 << 24 {
-            let (in_features, out_features) = (spec.in_features, spec.out_features);
-            return Err(Unsupported::Shape { in_features, out_features });
-        }
-        Ok(())
+        check_grouping(spec, group_size, MOST_FEATURES / 2 + 1)
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {

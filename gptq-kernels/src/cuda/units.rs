@@ -2,7 +2,7 @@ use gptq_format::{Bits, PackedLinear};
 use half::f16;
 use rayon::prelude::*;
 
-use crate::Epilogue;
+use crate::{Epilogue, LinearSpec, Unsupported};
 
 /// Output features of a unit.
 pub(super) const STRIPE: usize = 32;
@@ -33,6 +33,23 @@ pub(super) struct Units {
     pub(super) bias: Vec<f16>,
     /// Column of `x` for every input feature of the units, [`NONE`] for padding; `None` if it is the identity.
     pub(super) gather: Option<Vec<u16>>,
+}
+
+/// What kernels that repack by group ask of a layer: groups that are not more padding than weight, at most `most_features`
+/// inputs, and outputs that 32-bit positions reach.
+pub(super) fn check_grouping(
+    spec: &LinearSpec,
+    group_size: usize,
+    most_features: usize,
+) -> Result<(), Unsupported> {
+    let (in_features, out_features) = (spec.in_features, spec.out_features);
+    if group_size < 32 && group_size < in_features {
+        return Err(Unsupported::GroupSize { group_size });
+    }
+    if in_features > most_features || out_features >= 1 << 24 {
+        return Err(Unsupported::Shape { in_features, out_features });
+    }
+    Ok(())
 }
 
 /// Bytes of a unit with that many groups.
