@@ -16,8 +16,9 @@
 #include "unit.cuh"
 #include "wgmma.cuh"
 
+// Apart from the tensor map of x, (rows, k) in boxes of N x 64, swizzled by 128 bytes: its address is taken, and what lies in
+// one structure with it would be read by generic loads.
 struct WgmmaArgs {
-    TensorMap x;      // (rows, k) in boxes of N x 64, swizzled by 128 bytes
     const u8* units;  // (ceil(n / 32), k_units) units
     u16* y;           // (rows, columns), y_stride apart
     const u16* bias;  // (n), fp16, in the order of the units, or null
@@ -117,7 +118,7 @@ DEVICE void finish(const WgmmaArgs& args, const u32 (&feature)[COUNT], const u32
 // SUMS 2 lets the tensor core begin a group while the last one's sums are scaled. REUSE puts the slices' sums where the ring
 // was. REGISTERS, if not 0, is what a warpgroup takes from the warps that only copy.
 template <class Half, u32 GROUPS, bool ASYM, u32 N, u32 HALVES, u32 WARPGROUPS, u32 SUMS, bool REUSE, u32 REGISTERS, u32 STEPS_AT_ONCE>
-DEVICE void wgmma_linear(const WgmmaArgs& args) {
+DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
     constexpr u32 UNIT = unit_bytes(GROUPS, ASYM), STRIPES = WARPGROUPS * HALVES * 2, X_BYTES = N * 256;
     constexpr u32 STAGE = X_BYTES + (STRIPES * UNIT + 1023) / 1024 * 1024;
     // A batch of steps of 16 input features is expanded while the one before is multiplied.
@@ -173,7 +174,7 @@ DEVICE void wgmma_linear(const WgmmaArgs& args) {
                         copy_units(stage, stripe, first + i);
                     }
                     if (lane < 2)
-                        tensor_copy(ring + stage * STAGE + lane * (N * 128), args.x, (first + i) * 128 + lane * 64, token, barriers + stage * 16);
+                        tensor_copy(ring + stage * STAGE + lane * (N * 128), x, (first + i) * 128 + lane * 64, token, barriers + stage * 16);
                     if (++stage == args.stages) stage = 0, parity ^= 1;
                 }
             }
@@ -232,7 +233,7 @@ DEVICE void wgmma_linear(const WgmmaArgs& args) {
         for (u32 i = 0; i < count; ++i) {
             const u32 at = ring + stage * STAGE, before = empty;
             empty = barriers + stage * 16 + 8;
-            const u64 x = swizzled_operand(at);
+            const u64 operand = swizzled_operand(at);
             if (++stage == args.stages) stage = 0, parity ^= 1;
 #pragma unroll
             for (u32 b = 0; b < HALVES * BATCHES; ++b) {
@@ -243,7 +244,7 @@ DEVICE void wgmma_linear(const WgmmaArgs& args) {
 #pragma unroll
                 for (u32 s = 0; s < BATCH; ++s) {
                     const u32 step = j * BATCH + s; // 32 bytes of a row
-                    Wgmma<N>::run(Half(), sum[which], a[b % 2][s], x + (step / 4) * (N * 128 / 16) + step % 4 * 2, !(opens && s == 0));
+                    Wgmma<N>::run(Half(), sum[which], a[b % 2][s], operand + (step / 4) * (N * 128 / 16) + step % 4 * 2, !(opens && s == 0));
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
@@ -375,8 +376,8 @@ DEVICE void order_row(const OrderArgs& args) {
 // `wgmma_<N>_<WARPGROUPS>x<HALVES>`; BLOCKS is how many blocks of it fit the registers of a multiprocessor.
 #define WGMMA_LINEAR(N, WARPGROUPS, HALVES, THREADS, BLOCKS, SUMS, REUSE, REGISTERS, STEPS)                              \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
-        wgmma_##N##_##WARPGROUPS##x##HALVES(const __grid_constant__ WgmmaArgs args) {                                  \
-        wgmma_linear<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, N, HALVES, WARPGROUPS, SUMS, REUSE, REGISTERS, STEPS>(args); \
+        wgmma_##N##_##WARPGROUPS##x##HALVES(const __grid_constant__ TensorMap x, const __grid_constant__ WgmmaArgs args) { \
+        wgmma_linear<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, N, HALVES, WARPGROUPS, SUMS, REUSE, REGISTERS, STEPS>(x, args); \
     }
 WGMMA_LINEAR(16, 2, 1, 288, 2, 1, false, 0, 4)
 WGMMA_LINEAR(16, 2, 2, 288, 2, 1, false, 0, 4)

@@ -230,6 +230,22 @@ impl Function {
         stream: sys::CUstream,
         args: &mut A,
     ) -> Result<(), KernelError> {
+        // SAFETY: as for the caller.
+        unsafe { self.launch_with(name, launch, stream, &mut [std::ptr::from_mut(args).cast()]) }
+    }
+
+    /// Queues the kernel, whose parameters are what `parameters` point to.
+    ///
+    /// # Safety
+    ///
+    /// As for [`launch`](Self::launch), for every parameter.
+    pub(super) unsafe fn launch_with(
+        &self,
+        name: &'static str,
+        launch: Launch,
+        stream: sys::CUstream,
+        parameters: &mut [*mut c_void],
+    ) -> Result<(), KernelError> {
         self.module.context.bind_to_thread().map_err(|error| gpu_error(name, error))?;
         // Of two that are launched at once either may be the last.
         if let Ok(mut last) = LAST_LAUNCH.try_lock() {
@@ -262,9 +278,8 @@ impl Function {
             attrs: attributes.as_mut_ptr(),
             numAttrs: count as u32,
         };
-        let mut parameters = [std::ptr::from_mut(args).cast::<c_void>()];
         // SAFETY: the function is alive, `config` and `parameters` live through the call, which copies them, and the
-        // caller vouches for `args` and `stream`.
+        // caller vouches for what they point to and for `stream`.
         unsafe { sys::cuLaunchKernelEx(&config, self.handle, parameters.as_mut_ptr(), std::ptr::null_mut()) }
             .result()
             .map_err(|error| gpu_error(name, error))

@@ -19,16 +19,16 @@
 //! | three warpgroups, batches of two steps so that 160 registers do | - | - | - / 36.5 / - / - | 4096 x 11008 fits one wave: 33; found 36.5 |
 //! | blocks walk over tiles | - | - | - / - / - / 201 | -10 % with many rows; 1 % to 7 % |
 //! | results finished four pieces at a time, in a loop | 6.6 / 10.6 / 11.9 / 36.6 | 9.9 / 15.6 / 17.6 / 60.0 | 17.0 / 38.5 / 36.6 / 201 | 100 KB of PTX less; -1 at 256 rows of 4096 x 4096 |
+//! | shipped, PTX of NVRTC 12.0, from Rust: the tensor map in one structure with the other arguments | 9.8 / 12.8 / 14.5 / 41.7 | 11.6 / 18.0 / 19.9 / 66.8 | 20.3 / 42.7 / 41.6 / 240 | the prototype's times; missed them |
+//! | the map as a parameter of its own | 7.6 / 10.6 / 11.8 / 35.8 | 9.9 / 15.6 / 17.3 / 57.6 | 16.9 / 38.7 / 36.1 / 191 | the prototype's times; found, but for 16 rows of 4096 x 4096 |
 //!
 //! What limits many rows: a `wgmma` with operand A in registers takes about 17 cycles more than its N / 2, from the slopes over
 //! in_features at N = 64 and 128, so 128 tokens reach 77 % of the tensor core; 256 would need 256 registers for exact scales. At
 //! 2048 rows the clock falls from 1.98 to about 1.5 GHz, as it does for cuBLAS.
 //!
-//! No spills as nvcc 13.0 compiles it: 71 (16 tokens), 87 (32), 127 (64), 168 before the hand-over and up to 240 after it (128).
-//! **The shipped PTX, made by NVRTC 12.0, is slower by 15 to 50 %** (`benches/RESULTS-cuda.md`): because the address of the tensor
-//! map is taken, that compiler reads all arguments of the same structure by generic loads, one of them for every unit, and
-//! descriptors then go through ordinary registers; nvcc 13.0 does neither. A parameter of its own for the map should
-//! cure it; that has not been tried on a GPU.
+//! Registers: 71 (16 tokens), 87 (32), 127 (64), 168 before the hand-over and up to 240 after it (128); no spills. The tensor map
+//! is a parameter of its own because its address is taken: when it lay in one structure with the other arguments, NVRTC 12.0
+//! read all of them by generic loads, one for every unit, and the kernel was slower by 11 to 50 %.
 
 mod plan;
 
@@ -76,9 +76,8 @@ impl<T: Element> Wgmma<T> {
 }
 
 /// `WgmmaArgs` of `wgmma_sm90.cu`.
-#[repr(C, align(64))]
+#[repr(C)]
 struct Args {
-    x: sys::CUtensorMap,
     units: u64,
     y: u64,
     bias: u64,
@@ -289,8 +288,8 @@ impl<T: Element> WgmmaLinear<T> {
         let token_tiles = x.rows.div_ceil(tokens.tokens);
         let (blocks, launch) = tokens.launch(token_tiles, class.slices);
         let pairs = y.address.is_multiple_of(4) && y.stride.is_multiple_of(2);
+        let mut map = x.map::<T>(tokens.tokens)?;
         let mut args = Args {
-            x: x.map::<T>(tokens.tokens)?,
             units: self.gemv.units.address(),
             y: y.address,
             bias: self.gemv.bias.address(),
@@ -308,11 +307,13 @@ impl<T: Element> WgmmaLinear<T> {
             stages: blocks.stages as u32,
             y_pairs: u32::from(pairs),
         };
-        // SAFETY: `Args` is `WgmmaArgs`. units and bias are the layer's own memory, of the sizes that `Units` gives them; the
-        // map is of x, whose rows and columns `forward` has checked, or of the workspace; y has been checked too. All of
-        // them outlive the stream's work, because the caller may not free what a stream uses and `Resident` waits. Weights
-        // are read before the kernel waits for earlier ones: no kernel ever writes them. The stream is that of y.
-        unsafe { blocks.function.launch(NAME, launch, stream, &mut args) }
+        let mut parameters = [std::ptr::from_mut(&mut map).cast(), std::ptr::from_mut(&mut args).cast()];
+        // SAFETY: the parameters are a tensor map and `WgmmaArgs`, which `Args` is. units and bias are the layer's own memory,
+        // of the sizes that `Units` gives them; the map is of x, whose rows and columns `forward` has checked, or of the
+        // workspace; y has been checked too. All of them outlive the stream's work, because the caller may not free what a
+        // stream uses and `Resident` waits. Weights are read before the kernel waits for earlier ones: no kernel ever writes
+        // them. The stream is that of y.
+        unsafe { blocks.function.launch_with(NAME, launch, stream, &mut parameters) }
     }
 }
 
