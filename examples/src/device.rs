@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 use gptq_kernels::{Backend, cpu::Cpu};
 
-use crate::failure::Failure;
+use crate::{failure::Failure, host_memory};
 
 /// Where a model runs.
 #[derive(Args, Clone, Copy, Debug)]
@@ -59,7 +59,7 @@ impl DeviceArgs {
     /// Runs the job on the device.
     pub fn run(&self, job: &impl Job) -> Result<(), Failure> {
         match self.device {
-            Place::Cpu => job.run(Cpu, &Machine { used: Box::new(resident_bytes), gpu: false }),
+            Place::Cpu => job.run(Cpu, &Machine { used: Box::new(host_memory::resident), gpu: false }),
             Place::Cuda => self.run_on_gpu(job),
         }
     }
@@ -86,11 +86,4 @@ impl DeviceArgs {
     fn run_on_gpu(&self, _: &impl Job) -> Result<(), Failure> {
         Err("--device cuda: this example was built without it; build with --features cuda".into())
     }
-}
-
-/// Memory of this process, where the system tells it as Linux does.
-fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
 }

@@ -3,8 +3,10 @@
 pub mod data;
 pub mod device;
 pub mod failure;
+pub mod host_memory;
 pub mod plot;
 pub mod progress;
+pub mod random_checkpoint;
 pub mod random_model;
 pub mod table;
 pub mod text;

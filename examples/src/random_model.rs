@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 /// Features of a group.
-const GROUP: usize = 128;
+pub const GROUP: usize = 128;
 
 /// How random weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,6 +19,12 @@ pub trait Device: Send + Sync + 'static {
         "unknown".to_owned()
     }
 
+    /// Bytes of memory that buffers and weights can still have; `None` where the system does not tell, or takes memory of
+    /// other programs back first.
+    fn free_memory(&self) -> Option<usize> {
+        None
+    }
+
     /// A buffer of `len` zeros.
     fn alloc(&self, len: usize) -> Result<Self::Buffer, KernelError>;
     /// Copies `src` to the device, rounding to its element type.

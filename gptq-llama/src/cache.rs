@@ -22,6 +22,7 @@ pub struct KvCache<D: Backend> {
     free_pages: Vec<u32>,
     pages: usize,
     max_tokens: usize,
+    layers: usize,
 }
 
 #[derive(Default)]
@@ -103,6 +104,7 @@ impl<D: Backend> KvCache<D> {
             free_pages: Vec::new(),
             pages: 0,
             max_tokens,
+            layers: config.layers,
         })
     }
 
@@ -217,17 +219,56 @@ impl<D: Backend> KvCache<D> {
         }
     }
 
+    /// Takes memory for `tokens` tokens now, rather than while sequences grow. Every sequence takes whole pages of
+    /// [`Backend::PAGE_LEN`] tokens.
+    ///
+    /// Errors: [`LlamaError::CacheMemory`].
+    pub fn reserve(&mut self, device: &D, tokens: usize) -> Result<(), LlamaError> {
+        let pages = tokens.div_ceil(D::PAGE_LEN);
+        if pages > self.pages { self.grow_to(device, pages, tokens) } else { Ok(()) }
+    }
+
+    fn grow(&mut self, device: &D, pages: usize) -> Result<(), KernelError> {
+        device.grow_kv(&mut self.store, pages)?;
+        // Pages are taken from the end; old free ones first.
+        self.free_pages.splice(0..0, (self.pages as u32..pages as u32).rev());
+        self.pages = pages;
+        Ok(())
+    }
+
+    /// [`grow`](Self::grow) for a sequence of `length` tokens, with an error that says what would have fitted.
+    fn grow_to(&mut self, device: &D, pages: usize, length: usize) -> Result<(), LlamaError> {
+        let free = device.free_memory();
+        let error = match (self.grow(device, pages), free) {
+            (Err(KernelError::OutOfGpuMemory { bytes, .. }), Some(free)) => {
+                // What was asked for is the keys or the values of one layer.
+                let bytes_per_token = (2 * self.layers).saturating_mul(bytes) / (pages * D::PAGE_LEN);
+                let pages_that_fit = free / (bytes_per_token * D::PAGE_LEN).max(1);
+                LlamaError::CacheMemory {
+                    tokens: pages * D::PAGE_LEN,
+                    bytes_per_token,
+                    free,
+                    fits: (self.pages + pages_that_fit) * D::PAGE_LEN,
+                    sequences: self.sequences.iter().flatten().count(),
+                    length,
+                }
+            }
+            (result, _) => return Ok(result?),
+        };
+        Err(error)
+    }
+
     fn make_room(&mut self, device: &D, feed: &Feed<'_>) -> Result<(), LlamaError> {
         let sequence = get(&self.sequences, feed.sequence)?;
-        let needed = (sequence.len + feed.tokens.len()).div_ceil(D::PAGE_LEN);
+        let sequence_len = sequence.len + feed.tokens.len();
+        let needed = sequence_len.div_ceil(D::PAGE_LEN);
         let missing = needed.saturating_sub(sequence.pages.len());
         if missing > self.free_pages.len() {
+            let pages = self.pages + missing - self.free_pages.len();
             // Doubling makes the copies of a growing store cost no more than the tokens themselves.
-            let pages = (self.pages + missing - self.free_pages.len()).max(2 * self.pages);
-            device.grow_kv(&mut self.store, pages)?;
-            // Pages are taken from the end; old free ones first.
-            self.free_pages.splice(0..0, (self.pages as u32..pages as u32).rev());
-            self.pages = pages;
+            if self.grow(device, pages.max(2 * self.pages)).is_err() {
+                self.grow_to(device, pages, sequence_len)?;
+            }
         }
         let taken = self.free_pages.split_off(self.free_pages.len() - missing);
         if let Some(Some(sequence)) = self.sequences.get_mut(feed.sequence.0) {
@@ -280,6 +321,30 @@ impl<D: Backend> Scratch<D> {
     /// Makes room for `rows` rows, of which `outputs` get logits, and for `workspace` elements of kernels' scratch; whether
     /// anything has moved.
     pub(crate) fn reserve(
+        &mut self,
+        device: &D,
+        config: &LlamaConfig,
+        rows: usize,
+        outputs: usize,
+        workspace: usize,
+    ) -> Result<bool, LlamaError> {
+        let result = self.try_reserve(device, config, rows, outputs, workspace);
+        if let Err(KernelError::OutOfGpuMemory { .. }) = result {
+            // Some buffers are larger than before, others not: all go, and the next step takes them anew.
+            *self = Self::new(device)?;
+            let features = 4 * config.hidden_size + 2 * (config.q_features() + config.kv_features());
+            let row = features + 3 * config.intermediate_size + workspace / rows.max(1);
+            let mut fits = rows;
+            while fits > 0 && device.alloc((fits * row).saturating_add(outputs * config.vocab_size)).is_err()
+            {
+                fits /= 2;
+            }
+            return Err(LlamaError::StepMemory { rows, fits });
+        }
+        Ok(result?)
+    }
+
+    fn try_reserve(
         &mut self,
         device: &D,
         config: &LlamaConfig,

@@ -54,6 +54,56 @@ pub enum LlamaError {
     /// A device operation failed.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The weights do not fit in the device's memory.
+    #[error(
+        "the weights need about {} MB of the device's memory, {} MB are free: {layers_that_fit} of {layers} decoder layers \
+         fit{}",
+        needed / 1_000_000,
+        free / 1_000_000,
+        in_4_bits.map_or_else(String::new, |bytes| format!("; in 4 bits it would be {} MB", bytes / 1_000_000))
+    )]
+    ModelMemory {
+        /// Bytes of all weights, about.
+        needed: usize,
+        /// Bytes that were free before loading.
+        free: usize,
+        /// Decoder layers.
+        layers: usize,
+        /// Those that fit beside embedding and output projection.
+        layers_that_fit: usize,
+        /// Bytes of all weights with the decoder layers quantised to 4 bits, if they are not and that would fit.
+        in_4_bits: Option<usize>,
+    },
+    /// Keys and values do not fit in the device's memory.
+    #[error(
+        "no memory for keys and values of {tokens} tokens, {bytes_per_token} bytes each: with {} MB free {fits} tokens fit, \
+         {} in each of {sequences} sequences, or {} sequences of {length}",
+        free / 1_000_000,
+        fits / sequences.max(&1),
+        fits / length.max(&1)
+    )]
+    CacheMemory {
+        /// Tokens of all sequences, in whole pages.
+        tokens: usize,
+        /// Bytes of the keys and values of one token.
+        bytes_per_token: usize,
+        /// Bytes that were free.
+        free: usize,
+        /// Tokens of all sequences that fit.
+        fits: usize,
+        /// Sequences in the cache.
+        sequences: usize,
+        /// Tokens of the sequence that was to grow.
+        length: usize,
+    },
+    /// The device's memory is too small for a step of that many tokens.
+    #[error("no memory for a step of {rows} tokens: feed them in steps of up to {fits}")]
+    StepMemory {
+        /// Tokens of the step.
+        rows: usize,
+        /// Tokens of a step that fits; 0 if none does.
+        fits: usize,
+    },
     /// A layer could not be quantised.
     #[error("{module}: {source}")]
     Quantize {

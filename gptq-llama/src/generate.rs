@@ -5,7 +5,7 @@ use gptq_kernels::Backend;
 use crate::{Feed, KvCache, Llama, LlamaError, Rng, Sampling, SequenceId, Wanted};
 
 /// Tokens of a prompt fed in one step.
-const PREFILL: usize = 512;
+pub(crate) const PREFILL: usize = 512;
 
 /// What to generate and when to stop.
 #[derive(Clone, Debug, PartialEq)]

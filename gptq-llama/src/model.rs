@@ -1,5 +1,6 @@
 //! The decoder.
 
+mod capacity;
 mod forward;
 mod load;
 

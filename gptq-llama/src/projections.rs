@@ -1,6 +1,6 @@
 use gptq_format::{PackedLinear, PackedParts};
 use gptq_kernels::{
-    Backend, Epilogue, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Workspace, select,
+    Backend, Epilogue, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Selector, Workspace,
 };
 
 use crate::{
@@ -43,6 +43,8 @@ pub(crate) struct Preparation<'a, D: Backend> {
     /// Kernel of quantised layers, `None` for the preferred one.
     pub(crate) kernel: Option<&'a str>,
     pub(crate) precision: Precision,
+    /// How the preferred one is found: costs and what the layers will have to do.
+    pub(crate) selector: Selector<'a>,
 }
 
 impl<D: Backend> Preparation<'_, D> {
@@ -104,7 +106,14 @@ impl<D: Backend> Preparation<'_, D> {
             }
             (name, _) => name,
         };
-        let (kernel, _) = select(self.kernels, spec, name)
+        // What the choice says about itself belongs to this layer.
+        let span = tracing::debug_span!("layer", name = %layer.module);
+        let _guard = span.enter();
+        let (kernel, _) = self
+            .selector
+            .clone()
+            .named(name)
+            .select(self.kernels, spec)
             .map_err(|source| LlamaError::Layer { tensor: layer.module.clone(), source })?;
         Ok(kernel)
     }

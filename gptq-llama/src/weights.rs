@@ -16,7 +16,9 @@ use half::{bf16, f16};
 use crate::LlamaError;
 
 /// Weights by name: a checkpoint, or anything else that can answer.
-pub trait WeightSource {
+///
+/// Layers are read on several threads at once.
+pub trait WeightSource: Sync {
     /// The floats called `name`, `None` if there are none.
     fn tensor(&self, name: &str) -> Result<Option<Tensor<'_>>, LlamaError>;
 

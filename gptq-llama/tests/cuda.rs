@@ -450,3 +450,62 @@ fn loading_and_unloading_leaks_nothing() {
     println!("free memory before ten cycles {before}, after them {after}");
     assert!(after >= before, "{} bytes are gone", before - after);
 }
+
+/// Takes all but `left` bytes of the GPU's memory.
+fn ballast(device: &CudaDevice<f16>, left: usize) -> <CudaDevice<f16> as Device>::Buffer {
+    let free = device.free_memory().unwrap();
+    device
+        .alloc(free.checked_sub(left).expect("more free memory than the test needs") / size_of::<f16>())
+        .unwrap()
+}
+
+#[test]
+fn running_out_of_memory_says_what_would_have_fitted() {
+    let Some(device) = gpu::<f16>() else { return };
+    // 16.8 million float32 weights a layer: 540 MB, or 71 MB in 4 bits.
+    let config = LlamaConfig::from_json(
+        r#"{"model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8,
+            "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000}"#,
+    )
+    .unwrap();
+    let weights = MemoryWeights::random(&config, 1);
+    let rest = ballast(&device, 300 << 20);
+    let load_large = || Llama::from_source(config.clone(), &weights, device.clone(), &LoadOptions::default());
+    let error = load_large().map(|_| ()).unwrap_err();
+    println!("{error}");
+    let LlamaError::ModelMemory { needed, free, layers: 8, layers_that_fit, in_4_bits } = error else {
+        panic!("{error}")
+    };
+    assert!(needed > 530_000_000 && free <= 310 << 20 && (2..5).contains(&layers_that_fit), "{error}");
+    assert!(in_4_bits.is_some_and(|bytes| bytes < 90_000_000), "{error}");
+    drop(rest);
+    drop(load_large().unwrap());
+
+    let model = load(&device, 6, "");
+    let mut cache = model.cache(400_000).unwrap();
+    let sequence = cache.add();
+    let feed = |tokens| Feed { sequence, tokens, logits: Wanted::Last };
+    let prompt = tokens(&mut Rng::new(1), 300_000);
+    let want = model.forward(&mut cache, &[feed(&prompt[..100])]).unwrap().to_array().unwrap();
+    cache.truncate(sequence, 0).unwrap();
+    let rest = ballast(&device, 256 << 20);
+    // 3 layers of 2 heads of 32 features, keys and values: 768 bytes a token.
+    let error = cache.reserve(&device, 800_000).unwrap_err();
+    println!("{error}");
+    let LlamaError::CacheMemory { tokens: 800_000, bytes_per_token: 768, fits, sequences: 1, .. } = error
+    else {
+        panic!("{error}")
+    };
+    assert!((250_000..370_000).contains(&fits), "{error}");
+    cache.reserve(&device, 150_000).unwrap();
+    let error = model.forward(&mut cache, &[feed(&prompt[..150_000])]).map(|_| ()).unwrap_err();
+    println!("{error}");
+    let LlamaError::StepMemory { rows: 150_000, fits } = error else { panic!("{error}") };
+    assert!((1000..150_000).contains(&fits), "{error}");
+    // Nothing has changed, and what was said to fit does.
+    assert_eq!(cache.len(sequence).unwrap(), 0);
+    assert_eq!(model.forward(&mut cache, &[feed(&prompt[..100])]).unwrap().to_array().unwrap(), want);
+    cache.truncate(sequence, 0).unwrap();
+    model.forward(&mut cache, &[feed(&prompt[..fits])]).unwrap();
+    drop(rest);
+}

@@ -24,6 +24,7 @@
 //! which the ring leaves little.
 
 use std::{
+    borrow::Cow,
     marker::PhantomData,
     ops::RangeInclusive,
     sync::{Arc, Mutex, PoisonError},
@@ -223,12 +224,15 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
 }
 
 /// Rows of `k` elements, with zeros behind each up to `stride`.
-fn padded<E: Copy + Default>(data: &[E], k: usize, stride: usize) -> Vec<E> {
+fn padded<E: Copy + Default>(data: &[E], k: usize, stride: usize) -> Cow<'_, [E]> {
+    if k == stride {
+        return Cow::Borrowed(data);
+    }
     let mut rows = vec![E::default(); data.len() / k * stride];
     for (row, data) in rows.chunks_mut(stride).zip(data.chunks(k)) {
         row[..k].copy_from_slice(data);
     }
-    rows
+    Cow::Owned(rows)
 }
 
 impl<T: Element> DenseLinear<T> {

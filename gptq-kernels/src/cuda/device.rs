@@ -286,6 +286,12 @@ impl<T: Element> Device for CudaDevice<T> {
         format!("{name}, {} multiprocessors", self.multiprocessors)
     }
 
+    fn free_memory(&self) -> Option<usize> {
+        // What has been freed on a stream is free when the stream has come to it.
+        self.stream.synchronize().ok()?;
+        self.stream.context().mem_get_info().ok().map(|(free, _)| free)
+    }
+
     fn alloc(&self, len: usize) -> Result<CudaBuffer<T>, KernelError> {
         let slice = zeros(&self.stream, len)?;
         Ok(CudaBuffer { slice, len })

@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use gptq_format::{Bits, PackedLinear};
 use half::f16;
 use rayon::prelude::*;
@@ -125,6 +127,13 @@ impl RowOrder {
         let (half, place) = (self.outputs / 2, row / 16 * 8 + row % 8);
         (place < half).then_some(if row % 16 < 8 { place } else { half + place })
     }
+
+    /// Output features of 8 rows from a multiple of 8 on: they follow each other, and padding comes last.
+    fn features(&self, row: usize) -> Range<usize> {
+        let Some(first) = self.feature(row) else { return 0..0 };
+        let end = if self.paired && first < self.outputs / 2 { self.outputs / 2 } else { self.outputs };
+        first..(first + 8).min(end)
+    }
 }
 
 impl Units {
@@ -146,24 +155,21 @@ impl Units {
         let rows = row_order.rows();
         let k_units = order.columns.len() / DEPTH;
         let groups = DEPTH / order.run;
-        let codes = weight.unpack_codes();
-        let zeros = weight.unpack_zeros();
+        let zeros = if asym { weight.unpack_zeros() } else { Vec::new() };
         let unit = unit_bytes(groups, asym);
         let mut bytes = vec![0; rows.div_ceil(STRIPE) * k_units * unit];
         bytes.par_chunks_mut(k_units * unit).enumerate().for_each(|(stripe, bytes)| {
             let feature = |row: usize| row_order.feature(stripe * STRIPE + row);
+            let features: [_; STRIPE / 8] =
+                std::array::from_fn(|i| row_order.features(stripe * STRIPE + 8 * i));
             for (u, unit) in bytes.chunks_mut(unit).enumerate() {
                 let (words, rest) = unit.split_at_mut(CODES);
                 let (scales, zero_points) = rest.split_at_mut(groups * STRIPE * 2);
-                for (w, word) in words.chunks_mut(4).enumerate() {
-                    let code =
-                        |row: usize, column: usize| match (feature(row), order.columns[u * DEPTH + column]) {
-                            (Some(feature), column) if column != NONE => {
-                                codes[feature * inputs + column as usize]
-                            }
-                            _ => 0,
-                        };
-                    word.copy_from_slice(&fragment_word(w, code).to_le_bytes());
+                let tile = Tile::read(weight, &order.columns[u * DEPTH..][..DEPTH], &features);
+                for (fragment, words) in words.chunks_mut(512).enumerate() {
+                    for (slot, words) in words.chunks_mut(16).enumerate() {
+                        words.copy_from_slice(&tile.lane(fragment, slot));
+                    }
                 }
                 for (i, scale) in scales.chunks_mut(2).enumerate() {
                     let (group, row) = (order.groups[u * groups + i / STRIPE] as usize, lane_row(i % STRIPE));
@@ -188,7 +194,54 @@ fn lane_row(i: usize) -> usize {
     8 * (i % 4) + i / 4
 }
 
+/// The codes of a unit as words of 8 columns, for each of its rows.
+struct Tile([[u32; STRIPE]; DEPTH / 8]);
+
+impl Tile {
+    /// Codes of the layer's columns `columns` and of four times up to 8 features.
+    fn read(weight: &PackedLinear, columns: &[u16], features: &[Range<usize>; STRIPE / 8]) -> Self {
+        let outputs = weight.out_features();
+        let mut tile = [[0; STRIPE]; DEPTH / 8];
+        for (words, columns) in tile.iter_mut().zip(columns.chunks(8)) {
+            let first = columns[0] as usize;
+            let as_stored =
+                first.is_multiple_of(8) && columns.iter().zip(first..).all(|(&c, i)| c as usize == i);
+            for (words, features) in words.chunks_mut(8).zip(features) {
+                if as_stored {
+                    let stored = &weight.qweight()[first / 8 * outputs..][features.clone()];
+                    words[..stored.len()].copy_from_slice(stored);
+                    continue;
+                }
+                for (place, &column) in columns.iter().enumerate().filter(|&(_, &column)| column != NONE) {
+                    let (row, shift) = (column as usize / 8, column % 8 * 4);
+                    let stored = &weight.qweight()[row * outputs..][features.clone()];
+                    for (word, stored) in words.iter_mut().zip(stored) {
+                        *word |= (stored >> shift & 15) << (4 * place);
+                    }
+                }
+            }
+        }
+        Self(tile)
+    }
+
+    /// The four words of a lane in a fragment: what [`fragment_word`] gives for them, one code at a time.
+    fn lane(&self, fragment: usize, slot: usize) -> [u8; 16] {
+        let (half_rows, half_columns) = (fragment / 2, fragment % 2);
+        // Slots of a fragment are permuted against conflicts of banks, as `cuda/unit.cuh` says.
+        let lane = slot ^ (slot / 8);
+        let (row, word) = (16 * half_rows + lane / 4, 8 * half_columns + lane % 4);
+        let [a, b] = [row, row + 8].map(|row| self.0[word][row]);
+        let [c, d] = [row, row + 8].map(|row| self.0[word + 4][row]);
+        // Even columns of two rows side by side, and odd ones; byte `i` belongs to word `i` of the lane.
+        let even = |a: u32, b: u32| (a & 0x0f0f_0f0f | (b & 0x0f0f_0f0f) << 4).to_le_bytes();
+        let odd = |a: u32, b: u32| (a >> 4 & 0x0f0f_0f0f | b & 0xf0f0_f0f0).to_le_bytes();
+        let parts = [even(a, b), even(c, d), odd(a, b), odd(c, d)];
+        std::array::from_fn(|i| parts[i % 4][i / 4])
+    }
+}
+
 /// Word `w` of the codes of a unit; `code(row, column)` gives those of the unit.
+#[cfg(test)]
 fn fragment_word(w: usize, code: impl Fn(usize, usize) -> u8) -> u32 {
     let (fragment, slot, i) = (w / 128, w / 4 % 32, w % 4);
     let (half_rows, half_columns) = (fragment / 2, fragment % 2);
@@ -258,6 +311,52 @@ mod tests {
         assert_eq!(order.groups, (0..8).collect::<Vec<_>>());
         assert_eq!(order.columns[..3], [0, 8, 16]);
         assert!(order.gather(256).is_some());
+    }
+
+    #[test]
+    fn lanes_are_words_code_by_code() {
+        for (inputs, outputs, epilogue) in
+            [(256usize, 64, Epilogue::Store), (200, 40, Epilogue::Add), (133, 52, Epilogue::SiluMul)]
+        {
+            for act_order in [false, true] {
+                let groups = inputs.div_ceil(32);
+                let codes: Vec<u8> = (0..inputs * outputs).map(|i| (i * i % 251 % 16) as u8).collect();
+                let group = |i: usize| if act_order { i % groups } else { i / 32 } as u32;
+                let packed = PackedLinear::pack(&CodesRef {
+                    bits: Bits::B4,
+                    group_size: 32,
+                    in_features: inputs,
+                    out_features: outputs,
+                    codes: &codes,
+                    zeros: &vec![8; groups * outputs],
+                    scales: &vec![1.0; groups * outputs],
+                    g_idx: &(0..inputs).map(group).collect::<Vec<_>>(),
+                    bias: None,
+                })
+                .unwrap();
+                let order = Order::best(packed.g_idx(), false);
+                let rows = RowOrder::new(outputs, epilogue);
+                for stripe in 0..rows.rows().div_ceil(STRIPE) {
+                    let features = std::array::from_fn(|i| rows.features(stripe * STRIPE + 8 * i));
+                    for columns in order.columns.chunks(DEPTH) {
+                        let tile = Tile::read(&packed, columns, &features);
+                        let code = |row: usize, column: usize| match (
+                            rows.feature(stripe * STRIPE + row),
+                            columns[column],
+                        ) {
+                            (Some(feature), column) if column != NONE => {
+                                codes[feature * inputs + column as usize]
+                            }
+                            _ => 0,
+                        };
+                        for w in 0..CODES / 4 {
+                            let lane = tile.lane(w / 128, w / 4 % 32);
+                            assert_eq!(lane[w % 4 * 4..][..4], fragment_word(w, code).to_le_bytes());
+                        }
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -92,7 +92,8 @@ impl<D: Backend> Llama<D> {
     /// in parts.
     ///
     /// Errors: [`LlamaError::NoTokens`], [`LlamaError::Token`], [`LlamaError::ContextLength`],
-    /// [`LlamaError::UnknownSequence`], [`LlamaError::RepeatedSequence`]; the cache is as before then.
+    /// [`LlamaError::UnknownSequence`], [`LlamaError::RepeatedSequence`], [`LlamaError::CacheMemory`],
+    /// [`LlamaError::StepMemory`]; the cache is as before then.
     pub fn forward<'c>(
         &'c self,
         cache: &'c mut KvCache<D>,
@@ -100,9 +101,11 @@ impl<D: Backend> Llama<D> {
     ) -> Result<Logits<'c, D>, LlamaError> {
         let (rows, outputs) = cache.plan(&self.device, &self.config, feeds)?;
         let workspace = self.workspace_len(&cache.step, rows, outputs);
-        if cache.scratch.reserve(&self.device, &self.config, rows, outputs, workspace)? {
+        let moved = cache.scratch.reserve(&self.device, &self.config, rows, outputs, workspace);
+        if !matches!(moved, Ok(false)) {
             cache.recordings = D::Recordings::default();
         }
+        moved?;
         let KvCache { store, rope, step, scratch, recordings, timings, .. } = &mut *cache;
         let mut pass = Pass { model: self, rope, step, store, scratch, rows, outputs };
         match timings {

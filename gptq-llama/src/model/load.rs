@@ -1,27 +1,53 @@
 use std::{
     path::Path,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
 };
 
 use gptq_format::Checkpoint;
-use gptq_kernels::{AttentionShape, Backend, Epilogue, KernelError};
+use gptq_kernels::{AttentionShape, Backend, CostTable, Epilogue, KernelError, Selector, Workload};
+use rayon::prelude::*;
 
-use super::{DecoderLayer, Llama};
+use super::{DecoderLayer, Llama, capacity};
 use crate::{
     Layer, LlamaConfig, LlamaError, Precision, WeightSource,
+    generate::PREFILL,
     names::{self, Module},
     projections::Preparation,
     weights::{LinearName, LinearWeight, read_linear, read_tensor},
 };
 
+/// Weights of the decoder layers that are on their way from the source to the device at a time: 256 MB of them at 4 bits.
+/// A layer is read, joined with those beside it and repacked, so that this takes about three times its size on the host.
+const ON_THE_WAY: usize = 1 << 29;
+
 /// How a model is made ready to run.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct LoadOptions {
     /// Name of the kernel of quantised layers; the preferred one of the device if `None`.
     pub kernel: Option<String>,
     /// How exact the arithmetic has to be.
     pub precision: Precision,
+    /// What kernels cost on this machine, by which the preferred one is found; if `None`, the table that ships with
+    /// gptq-kernels for this model of machine, and where there is none, the device's order of kernels decides.
+    pub costs: Option<CostTable>,
+    /// The calls that layers will have to answer. Only costs make a difference of it.
+    pub workload: Workload,
+}
+
+impl Default for LoadOptions {
+    /// No kernel by name, shipped costs, and a workload of prompts of 512 tokens with 128 new tokens each.
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            precision: Precision::default(),
+            costs: None,
+            workload: Workload::generation(PREFILL, 128),
+        }
+    }
 }
 
 impl LoadOptions {
@@ -38,10 +64,26 @@ impl LoadOptions {
         self.precision = precision;
         self
     }
+
+    /// Sets [`costs`](Self::costs).
+    #[must_use]
+    pub fn with_costs(mut self, costs: Option<CostTable>) -> Self {
+        self.costs = costs;
+        self
+    }
+
+    /// Sets [`workload`](Self::workload).
+    #[must_use]
+    pub fn with_workload(mut self, workload: Workload) -> Self {
+        self.workload = workload;
+        self
+    }
 }
 
 impl<D: Backend> Llama<D> {
     /// Loads a Hugging Face folder: `config.json` and the weights, quantised or not.
+    ///
+    /// Files are mapped, and layers go from the map to the device some at a time, on all threads of the pool.
     ///
     /// Errors: [`LlamaError::Config`], [`LlamaError::Format`] for files that cannot be read, and what
     /// [`from_source`](Self::from_source) says.
@@ -54,7 +96,7 @@ impl<D: Backend> Llama<D> {
     /// Makes a model of weights from anywhere.
     ///
     /// Errors: [`LlamaError::MissingTensor`], [`LlamaError::TensorShape`], [`LlamaError::Layer`] if no kernel takes a
-    /// layer.
+    /// layer, [`LlamaError::ModelMemory`] if the device's memory is too small.
     pub fn from_source(
         config: LlamaConfig,
         source: &dyn WeightSource,
@@ -63,32 +105,26 @@ impl<D: Backend> Llama<D> {
     ) -> Result<Self, LlamaError> {
         let span = tracing::info_span!("load", layers = config.layers);
         let _guard = span.enter();
+        let free = device.free_memory();
         let kernels = device.kernels();
+        let costs = options.costs.clone().or_else(|| CostTable::shipped(&device.model()));
+        let selector = Selector::new().workload(options.workload.clone());
         let prepare = Preparation {
             kernels: &kernels,
             kernel: options.kernel.as_deref(),
             precision: options.precision,
+            selector: match &costs {
+                Some(costs) => selector.costs(costs),
+                None => selector,
+            },
         };
-        let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = read_tensor(source, names::EMBEDDING, &[vocabulary, hidden])?;
-        let name = LinearName {
-            module: names::LM_HEAD.to_owned(),
-            in_features: hidden,
-            out_features: vocabulary,
-            bias: false,
-        };
-        let lm_head = if config.tie_word_embeddings && source.packed(names::LM_HEAD)?.is_none() {
-            let shared = LinearWeight::Dense { tensor: embedding.clone(), bias: None };
-            prepare.linear(&name, &shared)?
-        } else {
-            prepare.linear(&name, &read_linear(source, &name)?)?
-        };
-        let layers = (0..config.layers)
-            .map(|layer| load_layer(&config, source, &device, &prepare, layer))
-            .collect::<Result<_, _>>()?;
-        let norm = load_norm(&device, source, names::FINAL_NORM, hidden)?;
-        let embedding = device.embedding(&embedding.as_dense(None))?;
-        Ok(Self { id: next_id(), device, config, embedding, layers, norm, lm_head })
+        match parts(&config, source, &device, &prepare) {
+            Ok(Parts { embedding, lm_head, norm, layers }) => {
+                Ok(Self { id: next_id(), device, config, embedding, layers, norm, lm_head })
+            }
+            // What has been loaded is gone by now.
+            Err(error) => Err(capacity::explain_load(error, free, &config, source)),
+        }
     }
 }
 
@@ -96,6 +132,68 @@ impl<D: Backend> Llama<D> {
 fn next_id() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+struct Parts<D: Backend> {
+    embedding: D::Embedding,
+    lm_head: Box<dyn gptq_kernels::Linear<D>>,
+    norm: D::Buffer,
+    layers: Vec<DecoderLayer<D>>,
+}
+
+fn parts<D: Backend>(
+    config: &LlamaConfig,
+    source: &dyn WeightSource,
+    device: &D,
+    prepare: &Preparation<'_, D>,
+) -> Result<Parts<D>, LlamaError> {
+    let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
+    let table = read_tensor(source, names::EMBEDDING, &[vocabulary, hidden])?;
+    let name = LinearName {
+        module: names::LM_HEAD.to_owned(),
+        in_features: hidden,
+        out_features: vocabulary,
+        bias: false,
+    };
+    let lm_head = if config.tie_word_embeddings && source.packed(names::LM_HEAD)?.is_none() {
+        let shared = LinearWeight::Dense { tensor: table.clone(), bias: None };
+        prepare.linear(&name, &shared)?
+    } else {
+        prepare.linear(&name, &read_linear(source, &name)?)?
+    };
+    let embedding = device.embedding(&table.as_dense(None))?;
+    drop(table);
+    let norm = load_norm(device, source, names::FINAL_NORM, hidden)?;
+    let layers = load_layers(config, source, device, prepare)?;
+    Ok(Parts { embedding, lm_head, norm, layers })
+}
+
+/// All decoder layers, some at a time.
+fn load_layers<D: Backend>(
+    config: &LlamaConfig,
+    source: &dyn WeightSource,
+    device: &D,
+    prepare: &Preparation<'_, D>,
+) -> Result<Vec<DecoderLayer<D>>, LlamaError> {
+    let at_a_time = (ON_THE_WAY / capacity::layer_weights(config).max(1)).clamp(1, config.layers.max(1));
+    let (next, loaded) = (AtomicUsize::new(0), Mutex::new(Vec::with_capacity(config.layers)));
+    (0..at_a_time).into_par_iter().with_max_len(1).for_each(|_| {
+        loop {
+            let layer = next.fetch_add(1, Ordering::Relaxed);
+            if layer >= config.layers {
+                break;
+            }
+            let result = load_layer(config, source, device, prepare, layer);
+            if result.is_err() {
+                // Nobody begins another layer.
+                next.store(config.layers, Ordering::Relaxed);
+            }
+            loaded.lock().unwrap_or_else(PoisonError::into_inner).push((layer, result));
+        }
+    });
+    let mut loaded = loaded.into_inner().unwrap_or_else(PoisonError::into_inner);
+    loaded.sort_unstable_by_key(|&(layer, _)| layer);
+    loaded.into_iter().map(|(_, layer)| layer).collect()
 }
 
 fn load_layer<D: Backend>(
@@ -110,27 +208,23 @@ fn load_layer<D: Backend>(
         let weight = read_linear(source, &name)?;
         Ok::<_, LlamaError>((name, weight))
     };
+    let read_all = |modules: &[Module]| -> Result<Vec<_>, LlamaError> {
+        modules.par_iter().map(|&module| read(module)).collect()
+    };
     let norm = |name| {
         load_norm(device, source, &format!("{}{name}", names::layer_prefix(layer)), config.hidden_size)
     };
-    // Repacking takes longer than reading, and partly goes on one thread.
-    let qkv = [read(Module::Q)?, read(Module::K)?, read(Module::V)?];
-    let gate_up = [read(Module::Gate)?, read(Module::Up)?];
-    let (o, down) = (read(Module::O)?, read(Module::Down)?);
+    // Reading is copying out of a map, as a rule, and takes as long as repacking.
+    let qkv = || prepare.projections(&read_all(&[Module::Q, Module::K, Module::V])?);
+    let gate_up = || prepare.fused_projections(&read_all(&[Module::Gate, Module::Up])?, Epilogue::SiluMul);
+    // These end in an addition to the residual stream.
+    let added = |module| {
+        let (name, weight) = read(module)?;
+        prepare.fused(&name, &weight, Epilogue::Add)
+    };
     let ((qkv, o), (gate_up, down)) = rayon::join(
-        || {
-            rayon::join(
-                || prepare.projections(&qkv),
-                // This one and `down` end in an addition to the residual stream.
-                || prepare.fused(&o.0, &o.1, Epilogue::Add),
-            )
-        },
-        || {
-            rayon::join(
-                || prepare.fused_projections(&gate_up, Epilogue::SiluMul),
-                || prepare.fused(&down.0, &down.1, Epilogue::Add),
-            )
-        },
+        || rayon::join(qkv, || added(Module::O)),
+        || rayon::join(gate_up, || added(Module::Down)),
     );
     Ok(DecoderLayer {
         attention: attention_shape(config, layer),

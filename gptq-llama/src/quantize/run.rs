@@ -6,7 +6,7 @@ use std::{
 };
 
 use gptq_core::{Gptq, GptqConfig, Hessian, HessianAccumulator};
-use gptq_kernels::Backend;
+use gptq_kernels::{Backend, Selector};
 use ndarray::Array2;
 
 use super::{
@@ -54,7 +54,8 @@ pub(super) fn quantize<D: Backend>(
         return Ok(report);
     };
     let kernels = device.kernels();
-    let preparation = Preparation { kernels: &kernels, kernel: None, precision: Precision::Float32 };
+    let precision = Precision::Float32;
+    let preparation = Preparation { kernels: &kernels, kernel: None, precision, selector: Selector::new() };
     let mut run = Run {
         config,
         source,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::{
@@ -26,12 +27,16 @@ impl CudaEmbedding {
         let (vocabulary, hidden) = (weight.out_features, weight.in_features);
         super::expect_below("vocabulary", vocabulary, u32::MAX as usize)?;
         super::expect_below("hidden", hidden, u32::MAX as usize)?;
-        let elements: Vec<T> = match weight.data {
-            DenseData::F32(data) => data.par_iter().map(|&x| T::from_f32(x)).collect(),
-            DenseData::F16(data) => data.par_iter().map(|&x| T::from_f32(x.to_f32())).collect(),
-            DenseData::Bf16(data) => data.par_iter().map(|&x| T::from_f32(x.to_f32())).collect(),
-        };
-        Ok(Self { table: Resident::new(device.stream(), &elements)?, vocabulary, hidden })
+        let stream = device.stream();
+        let rounded = |elements: Vec<T>| Resident::new(stream, &elements);
+        let table = match weight.data {
+            DenseData::F32(data) => rounded(data.par_iter().map(|&x| T::from_f32(x)).collect()),
+            DenseData::F16(data) if T::NAME == f16::NAME => Resident::new(stream, data),
+            DenseData::F16(data) => rounded(data.par_iter().map(|&x| T::from_f32(x.to_f32())).collect()),
+            DenseData::Bf16(data) if T::NAME == bf16::NAME => Resident::new(stream, data),
+            DenseData::Bf16(data) => rounded(data.par_iter().map(|&x| T::from_f32(x.to_f32())).collect()),
+        }?;
+        Ok(Self { table, vocabulary, hidden })
     }
 
     pub(super) fn vocabulary(&self) -> usize {
