@@ -17,11 +17,16 @@ use gptq_examples::{
     table,
 };
 use gptq_kernels::{Backend, CostTable, Epilogue, LinearSpec, Selector, WeightFormat, Workload};
-use gptq_llama::{Feed, KvCache, Llama, LlamaConfig, LoadOptions, Rng, SequenceId, Timings, Wanted};
+use gptq_llama::{
+    Feed, KvCache, Llama, LlamaConfig, LlamaError, LoadOptions, Rng, SequenceId, Timings, Wanted,
+};
 
 /// What an H200 reads and computes in a second, by `--device cuda`'s floor.
 const GPU_BANDWIDTH: f64 = 4.3e12;
 const GPU_FLOPS: f64 = 790e12;
+
+/// Steps that are not measured.
+const WARM_UP: usize = 3;
 
 /// Steps of the table of parts, at most.
 const PART_STEPS: usize = 32;
@@ -261,7 +266,7 @@ impl Args {
             let mut bench = Bench::new(model, self.longest(), self.step)?;
             // Buffers, pages and weights are touched once before anything is measured.
             bench.grow(&prompt, 1)?;
-            bench.decode(2)?;
+            bench.decode(WARM_UP)?;
             bench.clear()?;
             for &batch in &batches {
                 let tokens = batch * prompt.len();
@@ -276,10 +281,19 @@ impl Args {
                     match prefilled.map_err(Failure::from).and_then(|()| bench.grow(&prompt, batch)) {
                         Ok(prefilled) => prefilled,
                         Err(error) => {
-                            println!("skipped         context {context}, batch {batch}: {error}");
+                            let fits = match error.downcast_ref::<LlamaError>() {
+                                Some(LlamaError::CacheMemory { fits, .. }) => {
+                                    format!("; a batch of {}", fits * batch / pages)
+                                }
+                                _ => String::new(),
+                            };
+                            println!("skipped         context {context}, batch {batch}: {error}{fits}");
                             break;
                         }
                     };
+                // The first steps of a batch load kernels and record a graph.
+                bench.decode(WARM_UP)?;
+                bench.rewind(prompt.len())?;
                 let mut steps = bench.decode(self.new_tokens)?;
                 let decode = steps.iter().sum::<Duration>().as_secs_f64();
                 steps.sort();
@@ -425,6 +439,7 @@ impl<'m, D: Backend> Bench<'m, D> {
 
     /// Back to where the prompts ended.
     fn rewind(&mut self, prompt: usize) -> Result<(), Failure> {
+        self.next.clone_from(&self.first);
         for &sequence in &self.sequences {
             self.cache.truncate(sequence, prompt)?;
         }
@@ -480,7 +495,6 @@ fn print_parts<D: Backend>(
     batch: usize,
     steps: usize,
 ) -> Result<(), Failure> {
-    bench.next.clone_from(&bench.first);
     bench.cache.set_timing(true);
     bench.decode(steps)?;
     let decode = bench.cache.timings().copied().unwrap_or_default();

@@ -15,7 +15,7 @@ use gptq_examples::{
     failure::{Failure, run},
     text::TextCodec,
 };
-use gptq_kernels::Backend;
+use gptq_kernels::{Backend, Workload};
 use gptq_llama::{GenerateOptions, Generator, Llama, LoadOptions, Sampling};
 
 /// Continues a prompt, token by token, on stdout; speed goes to stderr.
@@ -49,7 +49,7 @@ struct Args {
     /// Seed of the draws: the same seed gives the same text
     #[arg(long, default_value_t = 0, value_name = "N")]
     seed: u64,
-    /// Kernel of quantised layers, by name [default: chosen by capability]
+    /// Kernel of quantised layers, by name [default: chosen by cost and capability]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
     #[command(flatten)]
@@ -69,7 +69,11 @@ impl Job for Args {
 #[allow(clippy::print_stderr, reason = "speed is for the reader, not for the text")]
 fn write_text<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
     let codec = TextCodec::open(&args.model)?;
-    let model = Llama::load(&args.model, device, &LoadOptions::default().with_kernel(args.kernel.clone()))?;
+    let prompt = codec.encode(&args.prompt)?;
+    let load = LoadOptions::default()
+        .with_kernel(args.kernel.clone())
+        .with_workload(Workload::generation(prompt.len(), args.max_new_tokens));
+    let model = Llama::load(&args.model, device, &load)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         sampling: Sampling {
@@ -82,7 +86,6 @@ fn write_text<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
         stop_tokens: model.config().eos_token_ids.clone(),
         seed: args.seed,
     };
-    let prompt = codec.encode(&args.prompt)?;
     let mut generator = Generator::new(&model, &prompt, options)?;
     let start = Instant::now();
     generator.prefill()?;

@@ -10,7 +10,7 @@ use gptq_examples::{
     failure::{Failure, run},
     progress,
 };
-use gptq_kernels::Backend;
+use gptq_kernels::{Backend, Workload};
 use gptq_llama::{Llama, LlamaConfig, LoadOptions, Precision, TokenRows, perplexity};
 
 /// Measures how well a model predicts a text.
@@ -38,7 +38,7 @@ struct Args {
     /// Arithmetic: float32 measures the weights alone, fast runs the kernels that generation uses
     #[arg(long, value_enum, default_value_t = Arithmetic::Float32)]
     precision: Arithmetic,
-    /// Kernel of quantised layers, by name [default: chosen by capability]
+    /// Kernel of quantised layers, by name [default: chosen by cost and capability]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
     #[command(flatten)]
@@ -78,7 +78,10 @@ fn measure<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
         Arithmetic::Float32 => Precision::Float32,
         Arithmetic::Fast => Precision::Fast,
     };
-    let options = LoadOptions::default().with_precision(precision).with_kernel(args.kernel.clone());
+    let options = LoadOptions::default()
+        .with_precision(precision)
+        .with_kernel(args.kernel.clone())
+        .with_workload(Workload::rows(rows.longest()));
     let model = Llama::load(&args.model, device, &options)?;
     let bar = progress::bar("perplexity", rows.rows().len() as u64);
     let result = perplexity(&model, &rows, |done, so_far| {

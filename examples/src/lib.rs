@@ -1,5 +1,7 @@
 //! What the examples share: command lines that fail on one line, data files, progress bars, tables, plots.
 
+pub mod chat_template;
+pub mod conversation;
 pub mod data;
 pub mod device;
 pub mod failure;

@@ -25,6 +25,16 @@ impl TextCodec {
         Ok(self.tokenizer.encode(text, true)?.get_ids().to_vec())
     }
 
+    /// Token ids of a text that brings its own special tokens.
+    pub fn encode_as_is(&self, text: &str) -> Result<Vec<u32>, Failure> {
+        Ok(self.tokenizer.encode(text, false)?.get_ids().to_vec())
+    }
+
+    /// The id of a special token, if the tokeniser has it.
+    pub fn special(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
     /// The text of token ids, without special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String, Failure> {
         self.tokenizer.decode(ids, true)

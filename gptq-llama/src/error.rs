@@ -76,11 +76,16 @@ pub enum LlamaError {
     },
     /// Keys and values do not fit in the device's memory.
     #[error(
-        "no memory for keys and values of {tokens} tokens, {bytes_per_token} bytes each: with {} MB free {fits} tokens fit, \
-         {} in each of {sequences} sequences, or {} sequences of {length}",
+        "no memory for keys and values of {tokens} tokens, {bytes_per_token} bytes each: with {} MB free {fits} tokens fit{}",
         free / 1_000_000,
-        fits / sequences.max(&1),
-        fits / length.max(&1)
+        match sequences {
+            0 | 1 => String::new(),
+            _ => format!(
+                ", {} in each of {sequences} sequences, or {} sequences of {length}",
+                fits / sequences,
+                fits / length.max(&1)
+            ),
+        }
     )]
     CacheMemory {
         /// Tokens of all sequences, in whole pages.

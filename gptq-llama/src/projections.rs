@@ -123,22 +123,41 @@ impl<D: Backend> Preparation<'_, D> {
         &self,
         layers: &[(LinearName, LinearWeight<'_>)],
     ) -> Result<Projections<D>, LlamaError> {
-        self.fused_projections(layers, Epilogue::Store)
+        match joined(layers) {
+            Some((name, packed)) => self.one(&name, packed, Epilogue::Store),
+            None => self.side_by_side(layers),
+        }
     }
 
     /// Layers in the order of their columns, with an epilogue if they become one layer whose kernel has it.
     pub(crate) fn fused_projections(
         &self,
-        layers: &[(LinearName, LinearWeight<'_>)],
+        layers: Vec<(LinearName, LinearWeight<'_>)>,
         epilogue: Epilogue,
     ) -> Result<Projections<D>, LlamaError> {
-        let features = layers.iter().map(|(name, _)| name.out_features).sum();
-        if let Some(packed) = concatenate(layers) {
-            let name = LinearName { module: fused_name(layers), ..layers[0].0.clone() };
-            let linear = self.fused(&name, &LinearWeight::Packed(packed), epilogue)?;
-            let features = linear.spec().y_features();
-            return Ok(Projections { parts: vec![Part { offset: 0, linear }], features });
+        match joined(&layers) {
+            Some((name, packed)) => {
+                // Repacking takes memory, too.
+                drop(layers);
+                self.one(&name, packed, epilogue)
+            }
+            None => self.side_by_side(&layers),
         }
+    }
+
+    fn one(
+        &self,
+        name: &LinearName,
+        packed: PackedLinear,
+        epilogue: Epilogue,
+    ) -> Result<Projections<D>, LlamaError> {
+        let linear = self.fused(name, &LinearWeight::Packed(packed), epilogue)?;
+        let features = linear.spec().y_features();
+        Ok(Projections { parts: vec![Part { offset: 0, linear }], features })
+    }
+
+    fn side_by_side(&self, layers: &[(LinearName, LinearWeight<'_>)]) -> Result<Projections<D>, LlamaError> {
+        let features = layers.iter().map(|(name, _)| name.out_features).sum();
         let mut offset = 0;
         let parts = layers
             .iter()
@@ -152,9 +171,11 @@ impl<D: Backend> Preparation<'_, D> {
     }
 }
 
-fn fused_name(layers: &[(LinearName, LinearWeight<'_>)]) -> String {
+/// One layer that does what all do, if there can be one.
+fn joined(layers: &[(LinearName, LinearWeight<'_>)]) -> Option<(LinearName, PackedLinear)> {
+    let packed = concatenate(layers)?;
     let names: Vec<&str> = layers.iter().map(|(name, _)| name.module.as_str()).collect();
-    names.join(" + ")
+    Some((LinearName { module: names.join(" + "), ..layers[0].0.clone() }, packed))
 }
 
 /// One packed layer with the outputs of all, if their codes have the same width and their inputs the same groups.

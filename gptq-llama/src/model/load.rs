@@ -19,9 +19,10 @@ use crate::{
     weights::{LinearName, LinearWeight, read_linear, read_tensor},
 };
 
-/// Weights of the decoder layers that are on their way from the source to the device at a time: 256 MB of them at 4 bits.
-/// A layer is read, joined with those beside it and repacked, so that this takes about three times its size on the host.
-const ON_THE_WAY: usize = 1 << 29;
+/// Weights of the decoder layers that are on their way from the source to the device at a time: 128 MB of them at 4 bits,
+/// and not less than one layer, whose linear layers are loaded side by side. A layer is read, joined with those beside it and
+/// repacked, so that this takes two to three times its size on the host, and more where an allocator keeps what is freed.
+const ON_THE_WAY: usize = 1 << 28;
 
 /// How a model is made ready to run.
 #[derive(Clone, Debug)]
@@ -215,8 +216,8 @@ fn load_layer<D: Backend>(
         load_norm(device, source, &format!("{}{name}", names::layer_prefix(layer)), config.hidden_size)
     };
     // Reading is copying out of a map, as a rule, and takes as long as repacking.
-    let qkv = || prepare.projections(&read_all(&[Module::Q, Module::K, Module::V])?);
-    let gate_up = || prepare.fused_projections(&read_all(&[Module::Gate, Module::Up])?, Epilogue::SiluMul);
+    let qkv = || prepare.fused_projections(read_all(&[Module::Q, Module::K, Module::V])?, Epilogue::Store);
+    let gate_up = || prepare.fused_projections(read_all(&[Module::Gate, Module::Up])?, Epilogue::SiluMul);
     // These end in an addition to the residual stream.
     let added = |module| {
         let (name, weight) = read(module)?;
