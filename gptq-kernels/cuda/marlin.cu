@@ -20,7 +20,7 @@
 
 struct MarlinArgs {
     const u8* units;   // (tiles of 128, k_units) units
-    const u16* x;      // (rows, k), x_stride apart, 16-byte aligned
+    const u16* x;      // (rows, k), x_stride apart; 16-byte aligned and k a multiple of 8, unless gathered
     u16* y;            // (rows, n), y_stride apart
     const u16* bias;   // in the order of the units, fp16, or null; for whole tiles of any size
     float* partials;   // (token_blocks, partial_places) sums of a tile
@@ -36,15 +36,16 @@ struct MarlinArgs {
     u32 stages;        // of the ring
     u32 epilogue;
     u32 y_vectors;     // y and its rows are aligned to 16 bytes
-    u32 gathered;      // x is not in order or not aligned; for up to 16 rows
+    u32 gathered;      // x is not in order, not aligned, or k is no multiple of 8; for up to 16 rows
     const u16* gather; // (k_units * 128) column of x, or NONE for a zero; null for the identity
 };
 
 constexpr u32 DEPTH = 128, NONE = 0xFFFF, MOST_STAGES = 6;
 constexpr u32 ADD = 1, SILU_MUL = 2; // otherwise, only store
 
+// Waits until all but the last `stages - 2` units of the ring have arrived.
 DEVICE void wait_for_stage(u32 stages) {
-    if (stages == 2) wait_for_copies<0>();
+    if (stages <= 2) wait_for_copies<0>();
     else if (stages == 3) wait_for_copies<1>();
     else if (stages == 4) wait_for_copies<2>();
     else if (stages == 5) wait_for_copies<3>();
@@ -71,71 +72,94 @@ struct Marlin {
     using Code = Codes<Half, BITS>;
     static constexpr u32 FEATURES = WARPS_N * 32, UNITS = FEATURES / 128, TOKENS = WARPS_T * TILES * 8;
     static constexpr u32 CODES = 128 * DEPTH * BITS / 8; // bytes of a unit
-    static constexpr u32 PHASES = SHORT_GROUPS ? 2 : 1, STEPS = 4 / PHASES; // 16 input features a step
-    static constexpr u32 PAIR = TILES < 2 ? 1 : 2; // tiles of eight rows in the tensor core at once
+    static constexpr u32 HALVES = 2 / WARPS_K;                  // of a unit, for a warp
+    static constexpr u32 BATCH = TILES < 4 ? TILES : TILES / 2; // tiles of eight rows in the tensor core at once
+    static_assert(TILES / BATCH * HALVES * 2 % 2 == 0, "a unit begins with the first buffer");
+    // Whether a warp reads the beginning of the next unit before it is done with one. That takes one unit of the ring, which
+    // few rows need for weights on their way.
+    static constexpr bool AHEAD = TILES >= 8;
     static constexpr u32 OWN = 2 / WARPS_K; // fragments of 16 features that a warp finishes
     static constexpr u32 SUMS = FEATURES * TOKENS;
     // A warp's corner of shared memory at the end of a tile: 8 rows of sums, 4 words apart in the banks.
     static constexpr u32 CORNER_ROW = OWN * 64 + 16, CORNER = 8 * CORNER_ROW;
 
     const MarlinArgs& args;
-    u32 lane, warp, warp_n, warp_t, warp_k;
+    u32 lane, warp, warp_n, warp_t, warp_k, unit_bytes;
+    u32 words[2][BITS];  // codes of 16 features each
+    u32 b[2][BATCH][4];
     float acc[2][TILES][4]; // 16 features each, eight rows each
 
-    // Adds the warp's part of half a unit times x.
-    DEVICE void multiply(u32 unit, u32 x, u32 groups, u32 half) {
-        const u32 warp_4 = warp_n % 4;
-        const u32 codes = unit + (warp_4 * 2 + half) * (32 * 64 * BITS / 8) + lane * 16;
-        const u32 x_lane = x + (warp_t * TILES * 8 + lane % 8) * (DEPTH * 2) + half * 128 + ((lane / 8) ^ (lane % 8)) * 16;
+    // Starts reading what a warp needs first of its half of a unit: codes of 64 input features, and rows of x.
+    DEVICE void begin(u32 stage, u32 half) {
+        read_codes(stage, half);
+        read_x(stage, half, 0, 0, b[0]);
+    }
+
+    DEVICE void read_codes(u32 stage, u32 half) {
+        const u32 from = stage + warp_n / 4 * unit_bytes + (warp_n % 4 * 2 + half) * (32 * 64 * BITS / 8) + lane * 16;
 #pragma unroll
-        for (u32 phase = 0; phase < PHASES; ++phase) {
-            const u32 group = SHORT_GROUPS ? half * 2 + phase : groups == 2 ? half : 0;
-            const u32 place = (group * 4 + warp_4) * 8 + lane / 4;
-            const u32 zeros = ASYM ? load_shared_4(unit + CODES + groups * 256 + place * 4) : 0;
-            u32 a[2][STEPS][4];
+        for (u32 f = 0; f < 2; ++f)
 #pragma unroll
-            for (u32 f = 0; f < 2; ++f) {
-                constexpr u32 WORDS = STEPS * Code::WORDS;
-                u32 words[WORDS];
-                if (WORDS == 2) { // half of a lane's words
-                    const uint2 v = load_shared_8(codes + f * 512 + phase * 8);
-                    words[0] = v.x, words[1] = v.y;
-                } else {
-#pragma unroll
-                    for (u32 i = 0; i < WORDS / 4; ++i) {
-                        const uint4 v = load_shared_16(codes + (f * (BITS / 4) + phase * (WORDS / 4) + i) * 512);
-                        words[i * 4] = v.x, words[i * 4 + 1] = v.y, words[i * 4 + 2] = v.z, words[i * 4 + 3] = v.w;
-                    }
-                }
-                Zero zero[2];
-#pragma unroll
-                for (u32 u = 0; u < 2; ++u) zero[u] = Code::zero(ASYM ? zeros >> (f * 16 + u * 8) & 0xFF : Code::MIDDLE);
-#pragma unroll
-                for (u32 s = 0; s < STEPS; ++s) Code::template expand<ASYM>(a[f][s], words + s * Code::WORDS, zero);
+            for (u32 i = 0; i < BITS / 4; ++i) {
+                const uint4 v = load_shared_16(from + (f * (BITS / 4) + i) * 512);
+                words[f][i * 4] = v.x, words[f][i * 4 + 1] = v.y, words[f][i * 4 + 2] = v.z, words[f][i * 4 + 3] = v.w;
             }
-            const uint2 packed = load_shared_8(unit + CODES + place * 8);
-            const float scale[2][2] = {{Fp16::to_float((u16)packed.x), Fp16::to_float((u16)(packed.x >> 16))},
-                                       {Fp16::to_float((u16)packed.y), Fp16::to_float((u16)(packed.y >> 16))}};
+    }
+
+    // 32 input features of some tiles of eight rows.
+    DEVICE void read_x(u32 stage, u32 half, u32 pair, u32 first, u32 (&to)[BATCH][4]) {
+        const u32 from = stage + UNITS * unit_bytes + (warp_t * TILES * 8 + lane % 8) * (DEPTH * 2) + half * 128 + (((lane / 8) ^ (lane % 8)) * 16 ^ pair * 64);
 #pragma unroll
-            for (u32 first = 0; first < TILES; first += PAIR) {
-                u32 b[PAIR][STEPS / 2][4];
-                float sum[PAIR][2][4] = {};
+        for (u32 t = 0; t < BATCH; ++t) load_matrices(to[t], from + (first + t) * (8 * DEPTH * 2));
+    }
+
+    // Adds the warp's part of a unit times x. What is read from shared memory is read one batch of rows before its use, from
+    // `next` too if that is not 0.
+    DEVICE void multiply(u32 stage, u32 next, u32 groups) {
+        float sum[TILES][2][4] = {};
+        u32 turn = 0;
 #pragma unroll
-                for (u32 i = 0; i < STEPS / 2; ++i)
+        for (u32 h = 0; h < HALVES; ++h) {
+            const u32 half = HALVES == 2 ? h : warp_k;
 #pragma unroll
-                    for (u32 t = 0; t < PAIR; ++t) load_matrices(b[t][i], (x_lane ^ ((phase + i) * 64)) + (first + t) * (8 * DEPTH * 2));
+            for (u32 pair = 0; pair < 2; ++pair) {
+                const u32 group = SHORT_GROUPS ? half * 2 + pair : groups == 2 ? half : 0;
+                const u32 grid = stage + warp_n / 4 * unit_bytes + CODES, place = (group * 4 + warp_n % 4) * 8 + lane / 4;
+                const u32 zeros = ASYM ? load_shared_4(grid + groups * 256 + place * 4) : 0;
+                u32 a[2][2][4];
 #pragma unroll
-                for (u32 s = 0; s < STEPS; ++s)
+                for (u32 f = 0; f < 2; ++f) {
+                    Zero zero[2];
 #pragma unroll
-                    for (u32 t = 0; t < PAIR; ++t)
+                    for (u32 u = 0; u < 2; ++u) zero[u] = Code::zero(ASYM ? zeros >> (f * 16 + u * 8) & 0xFF : Code::MIDDLE);
 #pragma unroll
-                        for (u32 f = 0; f < 2; ++f) Half::mma(sum[t][f], a[f][s], b[t][s / 2][s % 2 * 2], b[t][s / 2][s % 2 * 2 + 1]);
+                    for (u32 s = 0; s < 2; ++s) Code::template expand<ASYM>(a[s][f], words[f] + (pair * 2 + s) * Code::WORDS, zero);
+                }
+                if (pair == 1 && h + 1 < HALVES) read_codes(stage, 1);
+                if (pair == 1 && h + 1 == HALVES && next != 0) read_codes(next, HALVES == 2 ? 0 : warp_k);
 #pragma unroll
-                for (u32 t = 0; t < PAIR; ++t)
+                for (u32 first = 0; first < TILES; first += BATCH, turn ^= 1) {
+                    if (first + BATCH < TILES) read_x(stage, half, pair, first + BATCH, b[turn ^ 1]);
+                    else if (pair == 0) read_x(stage, half, 1, 0, b[turn ^ 1]);
+                    else if (h + 1 < HALVES) read_x(stage, 1, 0, 0, b[turn ^ 1]);
+                    else if (next != 0) read_x(next, HALVES == 2 ? 0 : warp_k, 0, 0, b[turn ^ 1]);
+#pragma unroll
+                    for (u32 s = 0; s < 2; ++s)
+#pragma unroll
+                        for (u32 t = 0; t < BATCH; ++t)
+#pragma unroll
+                            for (u32 f = 0; f < 2; ++f) Half::mma(sum[first + t][f], a[s][f], b[turn][t][s * 2], b[turn][t][s * 2 + 1]);
+                }
+                if (!SHORT_GROUPS && (pair == 0 || (h + 1 < HALVES && groups == 1))) continue;
+                const uint2 packed = load_shared_8(grid + place * 8);
+                const float scale[2][2] = {{Fp16::to_float((u16)packed.x), Fp16::to_float((u16)(packed.x >> 16))},
+                                           {Fp16::to_float((u16)packed.y), Fp16::to_float((u16)(packed.y >> 16))}};
+#pragma unroll
+                for (u32 t = 0; t < TILES; ++t)
 #pragma unroll
                     for (u32 f = 0; f < 2; ++f)
 #pragma unroll
-                        for (u32 e = 0; e < 4; ++e) acc[f][first + t][e] += scale[f][e / 2] * sum[t][f][e];
+                        for (u32 e = 0; e < 4; ++e) acc[f][t][e] += scale[f][e / 2] * sum[t][f][e], sum[t][f][e] = 0.0f;
             }
         }
     }
@@ -313,7 +337,8 @@ struct Marlin {
         lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         warp_n = warp % WARPS_N, warp_t = warp / WARPS_N % WARPS_T, warp_k = warp / (WARPS_N * WARPS_T);
         const u32 groups = SHORT_GROUPS ? 4 : args.groups, k_units = args.k_units, stages = args.stages;
-        const u32 unit_bytes = CODES + groups * (ASYM ? 384 : 256), stage_bytes = UNITS * unit_bytes + TOKENS * DEPTH * 2;
+        unit_bytes = CODES + groups * (ASYM ? 384 : 256);
+        const u32 stage_bytes = UNITS * unit_bytes + TOKENS * DEPTH * 2;
         const u32 corners = shared + stages * stage_bytes;
         const u32 token_block = blockIdx.x % args.token_blocks, part = blockIdx.x / args.token_blocks;
         const u32 first_row = token_block * TOKENS;
@@ -344,14 +369,13 @@ struct Marlin {
 #pragma unroll
                     for (u32 i = 0; i < CODES; i += THREADS * 16) copy_16(fetch_to + u * unit_bytes + threadIdx.x * 16 + i, source + u * next_row + i);
                 if (rest < unit_bytes - CODES) copy_16(fetch_to + rest_place, source + rest_unit * next_row + rest_from);
-                const u32 bytes = min(max(x_left, 0), 16);
                 constexpr u32 ROWS = THREADS / 16;
                 if (gathered) { // by `pick`
                 } else if (TOKENS >= ROWS || threadIdx.x < TOKENS * 16) {
 #pragma unroll
                     for (u32 row = 0; row < TOKENS; row += ROWS) {
-                        const u32 inside = first_row + x_row + row < args.rows ? bytes : 0;
-                        copy_up_to_16(fetch_to + x_place + row * (DEPTH * 2), inside ? x_source + row * args.x_stride : args.x, inside);
+                        const bool inside = x_left > 0 && first_row + x_row + row < args.rows;
+                        copy_16_or_zeros(fetch_to + x_place + row * (DEPTH * 2), inside ? x_source + row * args.x_stride : args.x, inside);
                     }
                 }
                 --left;
@@ -409,11 +433,18 @@ struct Marlin {
 
         clear();
         u32 stage = shared;
-#pragma unroll 1
-        for (; unit < end; ++unit) {
+        const bool ahead = AHEAD && stages > 2;
+        if (ahead) {
             wait_for_stage(stages);
             __syncthreads();
+            begin(stage, HALVES == 2 ? 0 : warp_k);
+        }
+#pragma unroll 1
+        for (; unit < end; ++unit) {
+            wait_for_stage(stages - ahead);
+            __syncthreads();
             fetch(); // into the slot of the unit before this one
+            if (!ahead) begin(stage, HALVES == 2 ? 0 : warp_k);
             if (gathered) {
                 if (picked_to != 0) put(picked_to, picked);
                 pick(picked, columns);
@@ -421,11 +452,9 @@ struct Marlin {
                 columns = find();
                 pick_to = pick_to + stage_bytes >= corners ? shared + pick_place : pick_to + stage_bytes;
             }
-#pragma unroll
-            for (u32 half = 0; half < 2 / WARPS_K; ++half)
-                multiply(stage + warp_n / 4 * unit_bytes, stage + UNITS * unit_bytes, groups, WARPS_K == 1 ? half : warp_k);
-            stage += stage_bytes;
-            if (stage == corners) stage = shared;
+            const u32 next = stage + stage_bytes == corners ? shared : stage + stage_bytes;
+            multiply(stage, ahead && unit + 1 < end ? next : 0, groups);
+            stage = next;
             if (++k == k_units || unit + 1 == end) {
                 float own[OWN][TILES][4];
                 add_halves(own, corners);
@@ -440,35 +469,49 @@ struct Marlin {
     }
 };
 
-// Rows of x in the order of the units, with zeros where there is no column, aligned.
+// Rows of x in the order of the units, with zeros where there is no column, aligned. A block does a row, which it first
+// brings to shared memory, if there is room: scattered reads of global memory take longer.
 struct ArrangeArgs {
     const u16* x;         // (rows, k), x_stride apart
     u16* out;             // (rows, width)
     const u16* gather;    // (width) column of x, or NONE for a zero; null for the identity
     u64 x_stride;
     u32 k, width;         // width is a multiple of 8
+    u32 x_vectors;        // x and its rows are aligned to 16 bytes
+    u32 staged;           // there is shared memory for a row
 };
 
-constexpr u32 ARRANGING = 256;
+constexpr u32 ARRANGING = 512;
 
 extern "C" __global__ void __launch_bounds__(ARRANGING) arrange(const __grid_constant__ ArrangeArgs args) {
-    const u32 first = (blockIdx.x * ARRANGING + threadIdx.x) * 8;
-    if (first >= args.width) return;
-    const u16* x = args.x + blockIdx.y * args.x_stride;
-    u32 columns[8];
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i) columns[i] = first + i < args.k ? first + i : NONE;
-    if (args.gather != nullptr) {
-        const uint4 v = *(const uint4*)(args.gather + first);
-        const u32 pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) columns[i] = pairs[i / 2] >> (i % 2 * 16) & 0xFFFF;
+    extern __shared__ __align__(128) u8 shared_memory[];
+    const u16* x = args.x + blockIdx.x * args.x_stride;
+    if (args.staged) {
+        u16* row = (u16*)shared_memory;
+        const u32 vectors = args.x_vectors ? args.k / 8 : 0;
+#pragma unroll 2
+        for (u32 i = threadIdx.x; i < vectors; i += ARRANGING) ((uint4*)row)[i] = ((const uint4*)x)[i];
+        for (u32 i = vectors * 8 + threadIdx.x; i < args.k; i += ARRANGING) row[i] = x[i];
+        __syncthreads();
+        x = row;
     }
-    u32 value[8];
+#pragma unroll 1
+    for (u32 first = threadIdx.x * 8; first < args.width; first += ARRANGING * 8) {
+        u32 columns[8];
 #pragma unroll
-    for (u32 i = 0; i < 8; ++i) value[i] = columns[i] == NONE ? 0 : x[columns[i]];
-    *(uint4*)(args.out + (u64)blockIdx.y * args.width + first) =
-        make_uint4(value[0] | value[1] << 16, value[2] | value[3] << 16, value[4] | value[5] << 16, value[6] | value[7] << 16);
+        for (u32 i = 0; i < 8; ++i) columns[i] = first + i < args.k ? first + i : NONE;
+        if (args.gather != nullptr) {
+            const uint4 v = *(const uint4*)(args.gather + first);
+            const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) columns[i] = pairs[i / 2] >> (i % 2 * 16) & 0xFFFF;
+        }
+        u32 value[8];
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) value[i] = columns[i] == NONE ? 0 : x[columns[i]];
+        *(uint4*)(args.out + (u64)blockIdx.x * args.width + first) =
+            make_uint4(value[0] | value[1] << 16, value[2] | value[3] << 16, value[4] | value[5] << 16, value[6] | value[7] << 16);
+    }
 }
 
 #ifndef PROTOTYPE
@@ -477,12 +520,12 @@ extern "C" __global__ void __launch_bounds__(ARRANGING) arrange(const __grid_con
 //
 // `marlin_<features>x<rows>`, of a tile.
 #define MARLIN(FEATURES, ROWS, TILES, WARPS_N, WARPS_T, WARPS_K) \
-    extern "C" __global__ void __launch_bounds__(WARPS_N * WARPS_T * WARPS_K * 32, 512 / (WARPS_N * WARPS_T * WARPS_K * 32)) marlin_##FEATURES##x##ROWS(const __grid_constant__ MarlinArgs args) { \
+    extern "C" __global__ void __launch_bounds__(WARPS_N * WARPS_T * WARPS_K * 32, 1) marlin_##FEATURES##x##ROWS(const __grid_constant__ MarlinArgs args) { \
         Marlin<IMAGE_HALF, IMAGE_BITS, IMAGE_SHORT, IMAGE_ASYM, TILES, WARPS_N, WARPS_T, WARPS_K>{args}.run(); \
     }
 MARLIN(256, 8, 1, 8, 1, 2)
 MARLIN(256, 16, 2, 8, 1, 2)
 MARLIN(256, 32, 4, 8, 1, 2)
-MARLIN(128, 64, 4, 4, 2, 2)
-MARLIN(256, 64, 4, 8, 2, 1)
+MARLIN(128, 64, 8, 4, 1, 2)
+MARLIN(256, 64, 8, 8, 1, 1)
 #endif
