@@ -8,13 +8,13 @@
 //! A group is a layer and a number of rows; its members are all kernels that support it. What a `Selector` says of them, for
 //! calls of that many rows, is printed above each group; its costs are those that ship for this model of machine, or else are
 //! measured when the bench begins. Weights of the CPU are small enough to stay in a cache: bench `int4_matmul -- --table`
-//! measures from memory. Weights of a GPU rotate over copies that its cache does not hold; calls are queued without a graph,
-//! so that the gap between two launches counts: bench `cuda_linear` measures without it.
+//! measures from memory. Weights of a GPU rotate over copies that its cache does not hold, in CUDA graphs; bench `cuda_linear`
+//! says how exact the results are, too.
 
 // What was selected has to be said somewhere; criterion's macros write undocumented functions.
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use gptq_format::{Bits, CodesRef, PackedLinear};
@@ -90,6 +90,9 @@ fn costs<D: Device>(
     plan: &Plan,
 ) -> CostTable {
     if let Some(table) = CostTable::shipped(&device.model()) {
+        for name in table.stale(kernels) {
+            println!("the costs of {name} that ship are of another version of it");
+        }
         return table;
     }
     let mut table = CostTable::new(&device.model());
@@ -137,18 +140,20 @@ fn bench<D: Device>(
             device.upload(&x_host, D::slice_mut(&mut x, 0..rows * k)).unwrap();
             for copies in &prepared {
                 let mut workspace = Workspace::new(device, copies[0].workspace_len(rows)).unwrap();
-                let mut copy = copies.iter().cycle();
                 group.bench_function(copies[0].kernel(), |bencher| {
                     bencher.iter_custom(|times| {
-                        device.synchronize().unwrap();
-                        let start = Instant::now();
-                        for _ in 0..times {
-                            let x = MatRef::new(D::slice(&x, 0..rows * k), rows, k).unwrap();
-                            let y = MatMut::new(D::slice_mut(&mut y, 0..rows * n), rows, n).unwrap();
-                            copy.next().unwrap().forward(x, y, &mut workspace).unwrap();
-                        }
-                        device.synchronize().unwrap();
-                        start.elapsed()
+                        // A round through all copies, some times.
+                        let mut round = || {
+                            for copy in copies {
+                                let x = MatRef::new(D::slice(&x, 0..rows * k), rows, k)?;
+                                let y = MatMut::new(D::slice_mut(&mut y, 0..rows * n), rows, n)?;
+                                copy.forward(x, y, &mut workspace)?;
+                            }
+                            Ok(())
+                        };
+                        let count = times.div_ceil(copies.len() as u64);
+                        let seconds: f64 = device.seconds(&mut round, count as usize).unwrap().iter().sum();
+                        Duration::from_secs_f64(seconds * times as f64 / (count * copies.len() as u64) as f64)
                     });
                 });
             }

@@ -5,13 +5,13 @@
 //! cargo run --release -p gptq-kernels --features cuda --example measure_costs -- gptq-kernels/costs/nvidia-h200.txt
 //! ```
 //!
-//! Names of kernels after the file measure these alone again, and keep the others' times. How calls are timed is said at
-//! `Measurement`. It takes half a minute on an H200.
+//! Names of kernels after the file measure these alone again, and keep the others' times; the table remembers the version of
+//! each. How calls are timed is said at `Measurement`. It takes about a minute on an H200, and saves after every layer.
 
 // A program for the terminal, which ends with the first error.
 #![allow(clippy::print_stdout)]
 
-use std::{error::Error, path::Path};
+use std::{error::Error, path::Path, time::Instant};
 
 use gptq_format::Bits;
 use gptq_kernels::{
@@ -20,10 +20,22 @@ use gptq_kernels::{
 };
 use half::f16;
 
-const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024];
+const ROWS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048];
 
-/// All shapes, for 4 bits in groups of 128; of other kinds the first two.
-const SHAPES: [(usize, usize); 4] = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)];
+/// All shapes, for 4 bits in groups of 128; of other kinds the first two. Layers of 7B (q, o; gate, up, and both fused;
+/// down), 8B (down; q, k and v fused), 13B (q, o), 70B (o; gate, up), and a small one. Sizes in between are estimated.
+const SHAPES: [(usize, usize); 10] = [
+    (4096, 4096),
+    (4096, 11008),
+    (11008, 4096),
+    (4096, 22016),
+    (14336, 4096),
+    (4096, 6144),
+    (5120, 5120),
+    (8192, 8192),
+    (8192, 28672),
+    (2048, 2048),
+];
 
 fn gptq(bits: Bits, group_size: usize, sym: bool, act_order: bool) -> WeightFormat {
     WeightFormat::Gptq { bits, group_size, sym, act_order }
@@ -65,11 +77,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         names.iter().for_each(|name| table.forget(name));
         kernels.retain(|kernel| names.iter().any(|name| name == kernel.name()));
     }
-    let settings = Measurement { seconds: 0.03, ..Measurement::default() };
+    let settings = Measurement { seconds: 0.02, ..Measurement::default() };
+    let start = Instant::now();
     for (in_features, out_features, weight) in layers() {
         let spec = LinearSpec { in_features, out_features, weight, bias: false, epilogue: Epilogue::Store };
         let added = table.measure_with(&device, &kernels, &spec, &ROWS, settings)?;
-        println!("{in_features} x {out_features}, {weight:?}: {added} times");
+        let seconds = start.elapsed().as_secs_f32();
+        println!("{in_features} x {out_features}, {weight:?}: {added} times, {seconds:.0} s in all");
         table.save(Path::new(&path))?;
     }
     Ok(())

@@ -42,6 +42,7 @@ mod exllama;
 mod gemv;
 mod image;
 mod marlin;
+mod marlin_plan;
 mod marlin_tiles;
 mod ops;
 mod pinned;
@@ -49,6 +50,7 @@ mod plain;
 #[cfg(feature = "quantize")]
 mod quantize;
 mod repack;
+mod stopwatch;
 mod units;
 mod wgmma;
 

@@ -1,4 +1,4 @@
-use std::ops::Range;
+use std::{ops::Range, time::Instant};
 
 use crate::KernelError;
 
@@ -33,6 +33,26 @@ pub trait Device: Send + Sync + 'static {
     fn download(&self, src: Self::Slice<'_>, dst: &mut [f32]) -> Result<(), KernelError>;
     /// Waits for all work queued so far.
     fn synchronize(&self) -> Result<(), KernelError>;
+
+    /// Seconds that `work`, some operations, takes each of `count` times. It is done at least twice more: what is loaded
+    /// late is no part of the times.
+    fn seconds(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), KernelError>,
+        count: usize,
+    ) -> Result<Vec<f64>, KernelError> {
+        work()?;
+        work()?;
+        self.synchronize()?;
+        let mut times = Vec::with_capacity(count);
+        for _ in 0..count {
+            let start = Instant::now();
+            work()?;
+            self.synchronize()?;
+            times.push(start.elapsed().as_secs_f64());
+        }
+        Ok(times)
+    }
 
     /// A part of a buffer. Panics if `range` is out of bounds, like slice indexing.
     fn slice(buffer: &Self::Buffer, range: Range<usize>) -> Self::Slice<'_>;

@@ -111,6 +111,12 @@ pub trait LinearKernel<D: Device>: Send + Sync {
     /// Stable name, `device-isa-arithmetic`: `cpu-avx512-f32`.
     fn name(&self) -> &'static str;
 
+    /// What tells this version of the kernel from others, one word, for [costs](crate::CostTable) that were measured with
+    /// another; `None` if nobody says.
+    fn version(&self) -> Option<String> {
+        None
+    }
+
     /// Whether [`prepare`](Self::prepare), or for dense weights [`prepare_dense`](Self::prepare_dense), accepts such a
     /// layer.
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported>;

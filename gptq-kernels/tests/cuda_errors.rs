@@ -143,3 +143,32 @@ fn weights_that_a_kernel_does_not_take_are_refused() {
         }
     }
 }
+
+#[test]
+fn work_is_timed_and_leaves_the_device_usable_if_it_fails() {
+    let Some(device) = gpu() else { return };
+    let layer = dense(&device).prepare_dense(&weight()).unwrap();
+    let (x, mut y) = (device.alloc(64).unwrap(), device.alloc(4).unwrap());
+    let mut workspace = Workspace::new(&device, layer.workspace_len(1)).unwrap();
+    let mut calls = 0;
+    let mut times = |fails_at: usize| {
+        device.seconds(
+            &mut || {
+                calls += 1;
+                if calls == fails_at {
+                    return Err(KernelError::Workspace { needed: 1, got: 0 });
+                }
+                let to = MatMut::new(Gpu::slice_mut(&mut y, 0..4), 1, 4)?;
+                layer.forward(MatRef::new(Gpu::slice(&x, 0..64), 1, 64)?, to, &mut workspace)
+            },
+            3,
+        )
+    };
+    let got = times(0).unwrap();
+    assert!(got.len() == 3 && got.iter().all(|&seconds| seconds > 0.0), "{got:?}");
+    // Before the recording, and while it goes on.
+    for fails_at in [3, 5] {
+        assert!(matches!(times(fails_at), Err(KernelError::Workspace { needed: 1, got: 0 })));
+    }
+    works(&device, layer.as_ref());
+}

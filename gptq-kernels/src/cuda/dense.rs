@@ -148,6 +148,10 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
         self.name
     }
 
+    fn version(&self) -> Option<String> {
+        super::image::version(&["dense", "dense90"])
+    }
+
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
         let WeightFormat::Dense(dtype) = spec.weight else { return Err(Unsupported::WeightFormat) };
         spec.only_stores()?;

@@ -337,6 +337,15 @@ impl<T: Element> Device for CudaDevice<T> {
         self.stream.synchronize().map_err(|error| gpu_error("waiting for the GPU", error))
     }
 
+    /// `work` is recorded as a CUDA graph, and its replays are timed.
+    fn seconds(
+        &self,
+        work: &mut dyn FnMut() -> Result<(), KernelError>,
+        count: usize,
+    ) -> Result<Vec<f64>, KernelError> {
+        super::stopwatch::seconds(&self.stream, work, count)
+    }
+
     fn slice(buffer: &CudaBuffer<T>, range: Range<usize>) -> CudaRef<'_, T> {
         assert!(range.end <= buffer.len, "{range:?} of {} elements", buffer.len);
         buffer.slice.slice(range).into()

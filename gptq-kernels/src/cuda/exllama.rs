@@ -150,6 +150,10 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Exllama<T> {
         NAME
     }
 
+    fn version(&self) -> Option<String> {
+        super::image::version(&["exllama"])
+    }
+
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
         let WeightFormat::Gptq { group_size, .. } = spec.weight else {
             return Err(Unsupported::WeightFormat);

@@ -236,6 +236,10 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         NAME
     }
 
+    fn version(&self) -> Option<String> {
+        super::image::version(&["gemv"])
+    }
+
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
         let WeightFormat::Gptq { bits, group_size, .. } = spec.weight else {
             return Err(Unsupported::WeightFormat);

@@ -18,8 +18,9 @@ pub(super) struct Image {
     pub(super) name: &'static str,
     /// The archive of its family.
     archive: &'static [u8],
+    /// What the archive was made of, and its hash.
+    manifest: &'static str,
     /// The family, and the kernels in it.
-    #[cfg_attr(not(test), allow(dead_code))]
     family: &'static str,
     #[cfg_attr(not(test), allow(dead_code))]
     entries: &'static [&'static str],
@@ -55,6 +56,7 @@ macro_rules! images {
         pub(super) static IMAGES: &[Image] = &[$($(Image {
             name: $name,
             archive: include_bytes!(concat!("../../cuda/ptx/", $family, "/images.lzma")),
+            manifest: include_str!(concat!("../../cuda/ptx/", $family, "/manifest.txt")),
             family: $family,
             entries: $entries,
         },)*)*];
@@ -112,6 +114,16 @@ pub(super) fn find(name: &str) -> Option<&'static Image> {
     IMAGES.iter().find(|image| image.name == name)
 }
 
+/// The version of a kernel whose images are these families: the beginnings of the archives' hashes.
+pub(super) fn version(families: &[&str]) -> Option<String> {
+    let hashes = families.iter().map(|&family| {
+        let image = IMAGES.iter().find(|image| image.family == family)?;
+        let line = image.manifest.lines().find(|line| line.ends_with(".lzma"))?;
+        line.get(..12)
+    });
+    Some(hashes.collect::<Option<Vec<_>>>()?.join("-"))
+}
+
 #[cfg(test)]
 mod tests {
     use std::{
@@ -165,6 +177,15 @@ mod tests {
             fs::read_dir(cuda()).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
         let sources: BTreeSet<_> = sources.filter(|name| name.ends_with(".cu")).collect();
         assert_eq!(compiled, sources);
+    }
+
+    #[test]
+    fn versions_are_of_the_archives() {
+        let hash = Sha256::digest(find("plain-f16-2").unwrap().archive);
+        let begin: String = hash.iter().take(6).map(|b| format!("{b:02x}")).collect();
+        assert_eq!(version(&["plain"]).unwrap(), begin);
+        assert_eq!(version(&["plain", "plain"]).unwrap(), format!("{begin}-{begin}"));
+        assert_eq!(version(&["plain", "no such family"]), None);
     }
 
     #[test]

@@ -67,6 +67,10 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Plain<T> {
         NAME
     }
 
+    fn version(&self) -> Option<String> {
+        super::image::version(&["plain"])
+    }
+
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
         let WeightFormat::Gptq { bits, .. } = spec.weight else { return Err(Unsupported::WeightFormat) };
         if bits.is_planar_only() {

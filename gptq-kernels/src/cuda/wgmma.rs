@@ -177,6 +177,10 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
         NAME
     }
 
+    fn version(&self) -> Option<String> {
+        super::image::version(&["wgmma", "gemv"])
+    }
+
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
         self.gemv.supports(spec)?;
         // The images for shorter groups would take more room than all the others together.

@@ -2,7 +2,7 @@ use std::{collections::BTreeMap, fmt};
 
 use gptq_format::Bits;
 
-use crate::{DenseType, LinearSpec, WeightFormat};
+use crate::{DenseType, Device, LinearKernel, LinearSpec, WeightFormat};
 
 /// What calls of kernels cost on one model of machine, as measured.
 ///
@@ -15,10 +15,15 @@ use crate::{DenseType, LinearSpec, WeightFormat};
 ///   the two smallest, and below the smallest number of rows, it stays.
 ///
 /// The element type of activations is not told apart, nor are bias and epilogue: they change a time by some percent.
+///
+/// The table remembers which version of each kernel was measured; [`stale`](Self::stale) tells where that is another than
+/// the one at hand.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CostTable {
     pub(super) model: String,
     pub(super) points: Vec<CostPoint>,
+    /// Of the kernels that say which version they are.
+    pub(super) versions: BTreeMap<String, String>,
 }
 
 /// One measured time.
@@ -142,7 +147,7 @@ impl fmt::Display for Kind {
 impl CostTable {
     /// An empty table for machines of that model, as [`Device::model`](crate::Device::model) calls them.
     pub fn new(model: &str) -> Self {
-        Self { model: model.to_owned(), points: Vec::new() }
+        Self { model: model.to_owned(), points: Vec::new(), versions: BTreeMap::new() }
     }
 
     /// The model of the machine that was measured.
@@ -171,6 +176,17 @@ impl CostTable {
     /// Removes all times of a kernel, so that it is measured again.
     pub fn forget(&mut self, kernel: &str) {
         self.points.retain(|point| point.kernel != kernel);
+        self.versions.remove(kernel);
+    }
+
+    /// The kernels in the table that were measured in another [version](LinearKernel::version) than they are now.
+    pub fn stale<D: Device>(&self, kernels: &[Box<dyn LinearKernel<D>>]) -> Vec<&'static str> {
+        let known = |name| self.points.iter().any(|point| point.kernel == name);
+        let kernels = kernels.iter().filter(|kernel| known(kernel.name()));
+        kernels
+            .filter(|kernel| kernel.version().as_ref() != self.versions.get(kernel.name()))
+            .map(|kernel| kernel.name())
+            .collect()
     }
 
     /// Microseconds that a kernel takes for all calls of a workload; `None` if nothing like the layer was measured.

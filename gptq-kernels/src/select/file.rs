@@ -10,7 +10,7 @@ use super::{CostPoint, CostTable, cost::Kind};
 use crate::{DenseType, KernelError};
 
 /// The first line of a file. The version of the crate is part of it, because costs of other kernels are of no use.
-const TITLE: &str = concat!("gptq-kernels ", env!("CARGO_PKG_VERSION"), " costs 1");
+const TITLE: &str = concat!("gptq-kernels ", env!("CARGO_PKG_VERSION"), " costs 2");
 
 /// Tables that ship with the crate, made by `examples/measure_costs.rs`.
 const SHIPPED: [&str; 1] = [include_str!("../../costs/nvidia-h200.txt")];
@@ -91,11 +91,14 @@ impl CostTable {
     /// What [`save`](Self::save) writes.
     pub fn text(&self) -> String {
         let mut text = format!("{TITLE}\nmodel {}\n", self.model);
+        for (kernel, version) in &self.versions {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "version {kernel} {version}");
+        }
         text += "# kernel, weight, in_features, out_features, rows, microseconds\n";
         for point in &self.points {
             let CostPoint { kernel, in_features, out_features, weight, rows, microseconds } = point;
             let kind = Kind::of(*weight, *in_features);
-            // Writing to a string cannot fail.
             let _ = writeln!(text, "{kernel} {kind} {in_features} {out_features} {rows} {microseconds:.2}");
         }
         text
@@ -118,6 +121,12 @@ impl CostTable {
         }
         let mut table = Self::new(model);
         for (index, line) in lines.filter(|(_, line)| !line.starts_with('#')) {
+            if let Some((kernel, version)) =
+                line.strip_prefix("version ").and_then(|line| line.split_once(' '))
+            {
+                table.versions.insert(kernel.to_owned(), version.to_owned());
+                continue;
+            }
             let point = parse_point(line).map_err(|what| CostError::Syntax {
                 path: path.clone(),
                 line: index + 1,
@@ -205,6 +214,7 @@ mod tests {
             rows: 1,
             microseconds: 2.5,
         });
+        table.versions.insert("kernel-1".to_owned(), "0123456789ab-cdef".to_owned());
         table
     }
 
@@ -234,8 +244,8 @@ mod tests {
         let text = table().text();
         assert!(matches!(parse(""), Err(CostError::Version { .. })));
         assert!(matches!(
-            parse(&text.replacen("costs 1", "costs 2", 1)),
-            Err(CostError::Version { found, .. }) if found.ends_with('2')
+            parse(&text.replacen("costs 2", "costs 1", 1)),
+            Err(CostError::Version { found, .. }) if found.ends_with('1')
         ));
         assert!(matches!(parse(TITLE), Err(CostError::Syntax { line: 2, .. })));
         for line in [
@@ -263,6 +273,9 @@ mod tests {
             let model = text.lines().nth(1).and_then(|line| line.strip_prefix("model ")).unwrap();
             let table = CostTable::parse(text, Path::new("shipped"), model).unwrap();
             assert!(!table.points().is_empty());
+            for kernel in table.versions.keys() {
+                assert!(table.points().iter().any(|point| point.kernel == *kernel), "{kernel}");
+            }
             assert_eq!(CostTable::shipped(model), Some(table));
         }
         assert_eq!(CostTable::shipped("a machine"), None);

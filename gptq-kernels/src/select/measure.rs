@@ -1,4 +1,4 @@
-use std::{path::Path, time::Instant};
+use std::path::Path;
 
 use gptq_format::{CodesRef, PackedLinear};
 use half::{bf16, f16};
@@ -12,10 +12,9 @@ use crate::{
 
 /// How calls are timed.
 ///
-/// Copies of a layer are called in turn, all queued before the device is waited for, and the wall time divided by the
-/// calls: what a program sees that does nothing in between. On a GPU this includes the gap between two launches. The copies
-/// are there so that weights come from memory, as they do in a model: together they should be some times as large as the
-/// last-level cache.
+/// Copies of a layer are called in turn, all queued before the device is waited for, and the time
+/// ([`Device::seconds`]) divided by the calls: what a program sees that does nothing in between. The copies are there so that
+/// weights come from memory, as they do in a model: together they should be some times as large as the last-level cache.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measurement {
     /// Bytes of all copies of a layer, at least. There are 2 copies at least and 64 at most.
@@ -36,8 +35,8 @@ const HOPELESS: f64 = 8.0;
 
 impl CostTable {
     /// Measures all kernels that support a layer, with random weights, at those numbers of rows; what the table already
-    /// has is not measured again. Returns how many times were added. Large layers
-    /// take seconds for each kernel.
+    /// has is not measured again, unless it is of another [version](LinearKernel::version) of the kernel: of such a kernel
+    /// all times are dropped first. Returns how many times were added. Large layers take seconds for each kernel.
     ///
     /// Errors: those of the kernels.
     pub fn measure<D: Device>(
@@ -62,6 +61,10 @@ impl CostTable {
         let mut rows = rows.to_vec();
         rows.sort_unstable();
         rows.dedup();
+        for name in self.stale(kernels) {
+            tracing::info!(kernel = name, "costs of another version of it are dropped");
+            self.forget(name);
+        }
         let known = |table: &Self, kernel: &str, rows: usize| {
             table.points.iter().any(|point| {
                 point.kernel == kernel
@@ -81,6 +84,9 @@ impl CostTable {
         let mut fastest = vec![f64::INFINITY; rows.len()];
         for kernel in wanted {
             let copies = layer.copies(kernel.as_ref(), spec, settings.rotated_bytes)?;
+            if let Some(version) = kernel.version() {
+                self.versions.insert(kernel.name().to_owned(), version);
+            }
             for (&rows, fastest) in rows.iter().zip(&mut fastest) {
                 let microseconds = 1e6 * seconds(device, &copies, spec, rows, settings.seconds)?;
                 self.insert(CostPoint {
@@ -118,7 +124,10 @@ pub fn cached_costs<D: Device>(
 ) -> Result<CostTable, CostError> {
     let model = device.model();
     if let Some(table) = CostTable::shipped(&model) {
-        tracing::debug!(model, "shipped costs");
+        match table.stale(kernels) {
+            stale if stale.is_empty() => tracing::debug!(model, "shipped costs"),
+            stale => tracing::warn!(model, ?stale, "shipped costs, of other versions of these kernels"),
+        }
         return Ok(table);
     }
     let mut table = match CostTable::load(path, &model) {
@@ -263,30 +272,24 @@ fn seconds<D: Device>(
     let mut y = device.alloc(rows * outputs)?;
     let len = copies.iter().map(|copy| copy.workspace_len(rows)).max().unwrap_or(0);
     let mut workspace = Workspace::new(device, len)?;
-    let mut round = |times: usize| -> Result<f64, KernelError> {
-        device.synchronize()?;
-        let start = Instant::now();
-        for _ in 0..times {
-            for copy in copies {
+    let mut round = |times: usize, count: usize| -> Result<f64, KernelError> {
+        let mut work = || {
+            for copy in copies.iter().cycle().take(times * copies.len()) {
                 let x = MatRef::new(D::slice(&x, 0..rows * inputs), rows, inputs)?;
                 let y = MatMut::new(D::slice_mut(&mut y, 0..rows * outputs), rows, outputs)?;
                 copy.forward(x, y, &mut workspace)?;
             }
-        }
-        device.synchronize()?;
-        Ok(start.elapsed().as_secs_f64() / (times * copies.len()) as f64)
+            Ok(())
+        };
+        let mut all = device.seconds(&mut work, count)?;
+        all.sort_by(f64::total_cmp);
+        Ok(all[all.len() / 2] / (times * copies.len()) as f64)
     };
-    // The first round loads what is loaded late; the second says how many make a round of 2 ms.
-    round(1)?;
-    let first = round(1)?;
+    // How many times make a round of 2 ms, and how many rounds fit.
+    let first = round(1, 1)?;
     let times = (0.002 / (first * copies.len() as f64)).ceil().max(1.0) as usize;
-    let start = Instant::now();
-    let mut all = vec![round(times)?];
-    while all.len() < 9 && start.elapsed().as_secs_f64() < limit {
-        all.push(round(times)?);
-    }
-    all.sort_by(f64::total_cmp);
-    Ok(all[all.len() / 2])
+    let count = (limit / (first * (times * copies.len()) as f64)).clamp(1.0, 9.0) as usize;
+    round(times, count)
 }
 
 #[cfg(test)]
@@ -319,6 +322,55 @@ mod tests {
             assert_eq!(kernel.name(), least.kernel);
             assert_eq!(why.reason, Reason::Cheapest { microseconds: least.microseconds });
         }
+    }
+
+    /// The first kernel of the CPU, in some version.
+    struct Versioned(Box<dyn LinearKernel<cpu::Cpu>>, &'static str);
+
+    impl LinearKernel<cpu::Cpu> for Versioned {
+        fn name(&self) -> &'static str {
+            "versioned"
+        }
+        fn version(&self) -> Option<String> {
+            Some(self.1.to_owned())
+        }
+        fn supports(&self, spec: &LinearSpec) -> Result<(), crate::Unsupported> {
+            self.0.supports(spec)
+        }
+        fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<cpu::Cpu>>, KernelError> {
+            self.0.prepare(weight)
+        }
+        fn error_bound(&self, spec: &LinearSpec) -> crate::ErrorBound {
+            self.0.error_bound(spec)
+        }
+    }
+
+    #[test]
+    fn costs_of_another_version_are_noticed_and_measured_again() {
+        let kernels = |version| -> Vec<Box<dyn LinearKernel<cpu::Cpu>>> {
+            let mut kernels = cpu::kernels();
+            kernels[0] = Box::new(Versioned(kernels.swap_remove(0), version));
+            kernels
+        };
+        let weight = WeightFormat::Gptq { bits: Bits::B4, group_size: 32, sym: true, act_order: false };
+        let small = LinearSpec { bias: false, ..spec(weight) };
+        let large = LinearSpec { out_features: 80, ..small.clone() };
+        let mut table = CostTable::new("here");
+        let mut measure = |version, spec: &LinearSpec| {
+            let added = table.measure_with(&cpu::Cpu, &kernels(version), spec, &[1], QUICK).unwrap();
+            (added, table.clone())
+        };
+        let (all, _) = measure("a", &small);
+        let (_, first) = measure("a", &large);
+        assert!(first.stale(&kernels("a")).is_empty());
+        assert_eq!(first.stale(&kernels("b")), ["versioned"]);
+        assert_eq!(measure("a", &small).0, 0);
+        // Of the new version there is what was asked for, of the others all.
+        let (added, second) = measure("b", &small);
+        assert_eq!((added, second.points().len()), (1, 2 * all - 1));
+        assert!(second.stale(&kernels("b")).is_empty());
+        let text = second.text();
+        assert!(text.contains("\nversion versioned b\n") && !text.contains("versioned a"), "{text}");
     }
 
     #[test]
