@@ -1,22 +1,27 @@
 //! Linear layers on a GPU, as a decoder would run them: recorded in a CUDA graph, over rotated copies of the weight.
 //!
 //! ```text
-//! cargo bench -p gptq-benches --features cuda --bench cuda_linear [-- [--kernels=NAME,...] FILTER...]
+//! cargo bench -p gptq-benches --features cuda --bench cuda_linear [-- [--tsv] [--costs=FILE] [--kernels=NAME,...] FILTER...]
 //! ```
 //!
 //! Copies of a layer are together at least 512 MB, so that no time is one that the L2 cache has served. Times are medians
 //! of replays, with the fastest and slowest beside them; errors are of the same kernel on the same data, against float64,
 //! as `|y - exact| / |exact|` over 64 outputs of every row. FILTER keeps the lines that contain one of them, such as
 //! `4096x11008 fp16 sym M=1 `. Without names of kernels, all run but `cuda-plain`, which is there to be right. Without a
-//! GPU it says so.
+//! GPU it says so. `--tsv` prints lines for another program, `peers/gpu_linear.py`: shape, type, kind, rows, kernel,
+//! median, fastest, slowest, error, 1 if `select()` takes this kernel for calls of so many rows, separated by tabs. It goes by the
+//! costs that ship, or by those in FILE.
 
 // A table on the terminal is what this program is for, and it ends with the first error.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+use std::path::Path;
+
 use cudarc::driver::sys;
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use gptq_kernels::{
-    Device, Epilogue, KernelError, Linear, MatMut, MatRef, Workspace,
+    CostTable, Device, Epilogue, KernelError, Linear, LinearSpec, MatMut, MatRef, Selector, Workload,
+    Workspace,
     cuda::{self, CudaDevice, Element},
     reference::Reference,
 };
@@ -161,14 +166,28 @@ fn measure<T: Element>(
     ([times[REPLAYS / 2], times[0], times[REPLAYS - 1]], (error / size).sqrt())
 }
 
-fn table<T: Element>(dtype: &str, names: &[String], filters: &[String]) {
+fn table<T: Element>(dtype: &str, tsv: bool, costs: Option<&str>, names: &[String], filters: &[String]) {
     let device = match CudaDevice::<T>::new(0) {
         Ok(device) => device,
         Err(reason) => return println!("not run: {reason}"),
     };
-    let context = device.stream().context();
-    println!("{}, {dtype}, groups of {GROUP}", context.name().unwrap_or_default());
-    println!("line                                kernel             us (fastest, slowest)      TB/s  error");
+    if !tsv {
+        let context = device.stream().context();
+        println!("{}, {dtype}, groups of {GROUP}", context.name().unwrap_or_default());
+        println!(
+            "line                                kernel             us (fastest, slowest)      TB/s  error"
+        );
+    }
+    let kernels = cuda::kernels(&device);
+    let costs = match costs {
+        Some(file) => Some(CostTable::load(Path::new(file), &device.model()).unwrap()),
+        None => CostTable::shipped(&device.model()),
+    };
+    let selected = |spec: &LinearSpec, rows| {
+        let selector = Selector::new().workload(Workload::rows(rows));
+        let selector = costs.iter().fold(selector, Selector::costs);
+        selector.select(&kernels, spec).unwrap().1.kernel
+    };
     let plain = SHAPES.into_iter().flat_map(|(k, n)| KINDS.map(|kind| (k, n, kind)));
     for (k, n, kind) in plain.chain(DECODER) {
         let line = |rows| format!("{k}x{n} {dtype} {} M={rows} ", kind.name);
@@ -178,7 +197,7 @@ fn table<T: Element>(dtype: &str, names: &[String], filters: &[String]) {
         }
         let packed = layer(k, n, kind);
         let reference = Reference::new(&packed);
-        for kernel in cuda::kernels(&device) {
+        for kernel in &kernels {
             let named = match names {
                 [] => kernel.name() != "cuda-plain",
                 names => names.iter().any(|name| name == kernel.name()),
@@ -197,6 +216,14 @@ fn table<T: Element>(dtype: &str, names: &[String], filters: &[String]) {
             layers.extend((1..copies).map(|_| prepare().unwrap()));
             for rows in ROWS.into_iter().filter(|&rows| wanted(rows)) {
                 let ([median, fastest, slowest], error) = measure(&device, &layers, &reference, rows);
+                if tsv {
+                    let (name, kind) = (kernel.name(), kind.name);
+                    let selected = u8::from(selected(layers[0].spec(), rows) == name);
+                    println!(
+                        "{k}x{n}\t{dtype}\t{kind}\t{rows}\t{name}\t{median}\t{fastest}\t{slowest}\t{error:e}\t{selected}"
+                    );
+                    continue;
+                }
                 let rate = layers[0].weight_bytes() as f32 / median / 1e6;
                 println!(
                     "{:<35} {:<18} {median:7.2} ({fastest:7.2}, {slowest:7.2})  {rate:5.2}  {error:.1e}",
@@ -216,6 +243,8 @@ fn main() {
         .filter_map(|option| option.strip_prefix("--kernels="))
         .flat_map(|names| names.split(',').map(str::to_owned))
         .collect();
-    table::<f16>("fp16", &names, &filters);
-    table::<bf16>("bf16", &names, &filters);
+    let tsv = options.iter().any(|option| option == "--tsv");
+    let costs = options.iter().find_map(|option| option.strip_prefix("--costs="));
+    table::<f16>("fp16", tsv, costs, &names, &filters);
+    table::<bf16>("bf16", tsv, costs, &names, &filters);
 }

@@ -1,22 +1,31 @@
 #!/usr/bin/env python3
-"""Linear layers of PyTorch on a GPU, timed as bench `cuda_linear` times ours: cuBLAS in fp16, tinygemm's int4, and Humming's
-if its package is installed (`pip install humming-kernels`; it compiles its kernels when they are first called).
+"""Linear layers on a GPU, side by side in one run: this project's kernels, cuBLAS in fp16, tinygemm's int4 (both as
+PyTorch calls them), and Humming's if its package is installed (`pip install humming-kernels`; it compiles its kernels when
+they are first called).
 
-    python3 benches/peers/gpu_linear.py [KxN...]
+    python3 benches/peers/gpu_linear.py [--ours PROGRAM] [--costs FILE] [--rows 1,16] [KxN...]
+
+PROGRAM is the bench `cuda_linear`, which times in the same way: built by `.ci/gpu-bundle` (it is then found beside this
+script's folder), or `cargo bench -p gptq-benches --features cuda --bench cuda_linear --no-run`, which says where it is.
 
 Copies of each weight are together at least 512 MB and are visited in turn in one CUDA graph; times are medians of
 replays, with the fastest and slowest. Errors are |y - exact| / |exact| against a float64 product with the very weights that
-the kernel multiplies by. All int4 weights are symmetric, in groups of 128.
+the kernel multiplies by. All int4 weights are symmetric, in groups of 128. All are timed on one shape before the next
+begins. A table in Markdown ends the output: of our kernels it has the one that `select()` takes, by the costs that ship or by
+FILE, which `measure_costs` has written; and in parentheses a faster one, if there is any.
 """
 
+import argparse
 import concurrent.futures
-import sys
+import os
+import subprocess
 
 import torch
 
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
-ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048]
+ROWS = [1, 16, 64, 256, 2048]
 GROUP, ROTATED_BYTES, REPLAYS = 128, 512 << 20, 15
+OURS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "cuda_linear")
 
 
 def graph_time(call, weights):
@@ -46,10 +55,10 @@ def error(y, exact):
     return ((y.double() - exact).norm() / exact.norm()).item()
 
 
-def cublas(k, n):
+def cublas(k, n, all_rows):
     copies = max(6, -(-ROTATED_BYTES // (2 * k * n)))
     weights = [torch.randn(n, k, device="cuda", dtype=torch.float16) / 64 for _ in range(copies)]
-    for rows in ROWS:
+    for rows in all_rows:
         x = torch.randn(rows, k, device="cuda", dtype=torch.float16)
         time = graph_time(lambda w: torch.nn.functional.linear(x, w), weights)
         y = torch.nn.functional.linear(x, weights[0])
@@ -67,7 +76,7 @@ def dequantised(codes, scales):
     return (codes.double() - 8) * scales.T.double().repeat_interleave(GROUP, 1)
 
 
-def tinygemm(k, n):
+def tinygemm(k, n, all_rows):
     copies = max(6, -(-ROTATED_BYTES // (k * n // 2)))
     codes, scales = random_int4(k, n)
     packed = torch.ops.aten._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8)
@@ -76,14 +85,14 @@ def tinygemm(k, n):
     weights = [packed.clone() for _ in range(copies)]
     exact_weight = dequantised(codes, scales)
     # Beyond that it takes milliseconds.
-    for rows in (rows for rows in ROWS if rows <= 256):
+    for rows in (rows for rows in all_rows if rows <= 256):
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         multiply = lambda w: torch.ops.aten._weight_int4pack_mm(x, w, GROUP, grid)
         time = graph_time(multiply, weights)
         yield "tinygemm bf16", rows, time, error(multiply(weights[0]), x.double() @ exact_weight.T)
 
 
-def humming(k, n):
+def humming(k, n, all_rows):
     try:
         from humming.layer import HummingLayer
     except ImportError as reason:
@@ -111,9 +120,9 @@ def humming(k, n):
         return made
 
     layers = [layer() for _ in range(copies)]
-    inputs = {rows: torch.randn(rows, k, device="cuda", dtype=torch.float16) for rows in ROWS}
+    inputs = {rows: torch.randn(rows, k, device="cuda", dtype=torch.float16) for rows in all_rows}
     # A kernel for each number of rows, compiled side by side.
-    with concurrent.futures.ThreadPoolExecutor(len(ROWS)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(all_rows)) as pool:
         list(pool.map(lambda x: layers[0](x), inputs.values()))
     exact_weight = dequantised(codes, scales)
     for rows, x in inputs.items():
@@ -121,19 +130,83 @@ def humming(k, n):
         yield "Humming fp16", rows, time, error(layers[0](x), x.double() @ exact_weight.T)
 
 
+class Ours:
+    """The kernels of this project, each with a name of its own."""
+
+    __name__ = "ours"
+
+    def __init__(self, program, costs):
+        self.command = [program, "--tsv"] + ([f"--costs={costs}"] if costs else [])
+        self.selected = {}
+
+    def __call__(self, k, n, all_rows):
+        filters = [f"{k}x{n} fp16 sym M={rows} " for rows in all_rows]
+        output = subprocess.run([*self.command, *filters], capture_output=True, text=True, check=True).stdout
+        for line in output.splitlines():
+            cells = line.split("\t")
+            if len(cells) != 10:
+                print(line)
+                continue
+            rows, name = int(cells[3]), cells[4]
+            if cells[9] == "1":
+                self.selected[(k, n), rows] = name
+            yield name, rows, tuple(map(float, cells[5:8])), float(cells[8])
+
+
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ours", default=OURS)
+    parser.add_argument("--costs")
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("shapes", nargs="*")
+    options = parser.parse_args()
+    all_rows = [int(rows) for rows in options.rows.split(",")]
+    ours = Ours(options.ours, options.costs)
+    if not os.path.exists(options.ours):
+        print(f"ours not run: there is no {options.ours}")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
-    for k, n in SHAPES:
-        if len(sys.argv) > 1 and f"{k}x{n}" not in sys.argv[1:]:
+    found = {}
+    for shape in SHAPES:
+        k, n = shape
+        if options.shapes and f"{k}x{n}" not in options.shapes:
             continue
-        for peer in (cublas, tinygemm, humming):
+        for peer in (ours, cublas, tinygemm, humming) if os.path.exists(options.ours) else (cublas, tinygemm, humming):
             torch.cuda.empty_cache()
             try:
-                for name, rows, (median, fastest, slowest), err in peer(k, n):
-                    line = f"{k}x{n} M={rows:<4} {name:<14} {median:8.2f} ({fastest:8.2f}, {slowest:8.2f}) us"
+                for name, rows, time, err in peer(k, n, all_rows):
+                    found.setdefault((shape, rows), []).append((time, err, name, peer.__name__))
+                    line = f"{k}x{n} M={rows:<4} {name:<16} {time[0]:8.2f} ({time[1]:8.2f}, {time[2]:8.2f}) us"
                     print(f"{line}  error {err:.1e}", flush=True)
             except Exception as reason:  # A peer that fails must not hide the others.
                 print(f"{k}x{n} {peer.__name__} failed: {type(reason).__name__}: {reason}", flush=True)
+    table(found, ours.selected)
+
+
+def cell(timed, best):
+    """Median, spread and error; bold if no other is faster."""
+    if timed is None:
+        return ""
+    (median, fastest, slowest), err, _, _ = timed
+    median = f"**{median:.1f}**" if timed is best else f"{median:.1f}"
+    return f"{median} ({fastest:.1f}-{slowest:.1f}; {err:.1e})".replace("e-0", "e-")
+
+
+def table(found, selected):
+    print("\n| K x N | M | ours | kernel | cuBLAS fp16 | tinygemm bf16 | Humming fp16 | ours / best peer |")
+    print("|---|---|---|---|---|---|---|---|")
+    for ((k, n), rows), timed in found.items():
+        of = lambda peer: min((entry for entry in timed if entry[3] == peer), default=None)
+        chosen = [entry for entry in timed if entry[2] == selected.get(((k, n), rows))]
+        ours = chosen[0] if chosen else of("ours")
+        peers = [of(peer) for peer in ("cublas", "tinygemm", "humming")]
+        best_peer = min((peer for peer in peers if peer), default=None)
+        best = min(entry for entry in [ours, best_peer] if entry)
+        name = ours[2].removeprefix("cuda-") if ours else ""
+        if ours and of("ours") is not ours:
+            name += f" ({of('ours')[2].removeprefix('cuda-')} {of('ours')[0][0]:.1f})"
+        ratio = f"{ours[0][0] / best_peer[0][0]:.2f}" if ours and best_peer else ""
+        cells = [cell(ours, best), name, *(cell(peer, best) for peer in peers), ratio]
+        print(f"| {k} x {n} | {rows} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
