@@ -109,6 +109,10 @@ impl<D: Backend> Llama<D> {
         let free = device.free_memory();
         let kernels = device.kernels();
         let costs = options.costs.clone().or_else(|| CostTable::shipped(&device.model()));
+        let stale = costs.as_ref().map_or(Vec::new(), |costs| costs.stale(&kernels));
+        if !stale.is_empty() {
+            tracing::warn!(?stale, "costs of other versions of these kernels");
+        }
         let selector = Selector::new().workload(options.workload.clone());
         let prepare = Preparation {
             kernels: &kernels,
