@@ -6,8 +6,8 @@ instead of a minute; a whole token is one graph, and tokens follow each other wi
 
     python3 benches/peers/torch_decode.py [int4] [bf16] [--tokens 256]
 
-Prints tokens per second of greedy decoding from position 16 on: the median over five runs, each timed from its first
-to its last token with the device synchronised, after compilation and a warm-up run.
+Prints tokens per second of greedy decoding from position 16 on, for both ways to write attention: the median over five
+runs, each timed from its first to its last token with the device synchronised, after compilation and a warm-up run.
 """
 
 import argparse
@@ -19,9 +19,11 @@ import torch._inductor.config
 from torch import nn
 from torch.nn import functional as F
 
-LAYERS, HIDDEN, HEADS, INNER, VOCABULARY, CONTEXT = 32, 4096, 32, 11008, 32000, 512
+LAYERS, HIDDEN, HEADS, INNER, VOCABULARY, CONTEXT = 32, 4096, 32, 11008, 32000, 272
 HEAD = HIDDEN // HEADS
 PROMPT, GROUP = 16, 128
+# Whether attention of a token is written as sums, which the compiler turns into kernels of its own, or calls PyTorch's.
+SUMS = False
 
 
 class Int4(nn.Module):
@@ -78,7 +80,12 @@ class Block(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         self.cache[0].index_copy_(2, positions, k)
         self.cache[1].index_copy_(2, positions, v)
-        y = F.scaled_dot_product_attention(q, self.cache[0], self.cache[1], attn_mask=mask)
+        if SUMS and tokens == 1:
+            scores = (q.float() * self.cache[0].float()).sum(-1) * HEAD**-0.5
+            shares = scores.masked_fill(~mask[:, :, 0], -torch.inf).softmax(-1)
+            y = (shares[..., None] * self.cache[1].float()).sum(-2, keepdim=True).to(x.dtype)
+        else:
+            y = F.scaled_dot_product_attention(q, self.cache[0], self.cache[1], attn_mask=mask)
         x = x + self.out(y.transpose(1, 2).reshape(1, tokens, HIDDEN))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
@@ -145,7 +152,9 @@ def decode(recorded, model, tokens):
     return time.perf_counter() - start
 
 
-def measure(kind, tokens):
+def measure(kind, sums, tokens):
+    global SUMS
+    SUMS = sums
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch._dynamo.reset()
@@ -155,13 +164,13 @@ def measure(kind, tokens):
         torch.cuda.synchronize()
         made = time.perf_counter() - start
         recorded = Recorded(model)
-        decode(recorded, model, 32)
+        decode(recorded, model, min(tokens, 32))
         ready = time.perf_counter() - start
         times = sorted(decode(recorded, model, tokens) for _ in range(5))
     rates = [tokens / seconds for seconds in times]
     memory = torch.cuda.max_memory_allocated() / 1e9
     print(
-        f"{kind}: {rates[2]:.1f} tokens/s ({rates[4]:.1f} to {rates[0]:.1f}), {1000 / rates[2]:.3f} ms a token, "
+        f"{kind}, attention {'as sums' if sums else 'of PyTorch'}: {rates[2]:.1f} tokens/s ({rates[4]:.1f} to {rates[0]:.1f}), {1000 / rates[2]:.3f} ms a token, "
         f"{memory:.2f} GB at most; weights made in {made:.0f} s, ready after {ready:.0f} s",
         flush=True,
     )
@@ -170,14 +179,14 @@ def measure(kind, tokens):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("kinds", nargs="*", default=["int4", "bf16"])
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=256, choices=range(1, CONTEXT - PROMPT + 1), metavar="N")
     options = parser.parse_args()
     torch._inductor.config.coordinate_descent_tuning = True
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
-    for kind in options.kinds:
+    for kind, sums in [(kind, sums) for kind in options.kinds for sums in (False, True)]:
         try:
-            measure(kind, options.tokens)
-        except Exception:  # One that fails must not hide the other.
+            measure(kind, sums, options.tokens)
+        except Exception:  # One that fails must not hide the others.
             traceback.print_exc()
 
 
