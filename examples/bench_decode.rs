@@ -14,6 +14,7 @@ use gptq_examples::{
     failure::{Failure, run},
     host_memory, random_checkpoint,
     random_model::{RandomModel, Weights},
+    shape::Shape,
     table,
 };
 use gptq_kernels::{Backend, CostTable, Epilogue, LinearSpec, Selector, WeightFormat, Workload};
@@ -84,22 +85,6 @@ struct Args {
     device: DeviceArgs,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Shape {
-    #[value(name = "tiny")]
-    Tiny,
-    #[value(name = "tinyllama-1.1b")]
-    Tinyllama,
-    #[value(name = "llama-2-7b")]
-    Llama2With7b,
-    #[value(name = "llama-3-8b")]
-    Llama3With8b,
-    #[value(name = "llama-2-13b")]
-    Llama2With13b,
-    #[value(name = "llama-2-70b")]
-    Llama2With70b,
-}
-
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Dtype {
     /// Symmetric groups of 128
@@ -114,25 +99,6 @@ enum Head {
     Dense,
     /// quantised like the other layers
     Int4,
-}
-
-impl Shape {
-    /// `config.json`
-    fn config(self, positions: usize) -> String {
-        let [hidden, inner, layers, heads, kv_heads, vocabulary] = match self {
-            Self::Tiny => [256, 768, 4, 4, 2, 2048],
-            Self::Tinyllama => [2048, 5632, 22, 32, 4, 32_000],
-            Self::Llama2With7b => [4096, 11_008, 32, 32, 32, 32_000],
-            Self::Llama3With8b => [4096, 14_336, 32, 32, 8, 128_256],
-            Self::Llama2With13b => [5120, 13_824, 40, 40, 40, 32_000],
-            Self::Llama2With70b => [8192, 28_672, 80, 64, 8, 32_000],
-        };
-        format!(
-            r#"{{"model_type": "llama", "hidden_size": {hidden}, "intermediate_size": {inner},
-                 "num_hidden_layers": {layers}, "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads},
-                 "vocab_size": {vocabulary}, "max_position_embeddings": {positions}}}"#
-        )
-    }
 }
 
 fn main() -> ExitCode {
@@ -185,7 +151,7 @@ impl Args {
 }
 
 fn write(args: &Args, dir: &Path) -> Result<(), Failure> {
-    let json = args.shape.config(args.longest());
+    let json = args.shape.json(args.longest(), None);
     let config = LlamaConfig::from_json(&json)?;
     let start = Instant::now();
     let summary = random_checkpoint::write(dir, &json, &config, &args.random_model(config.clone()))?;
@@ -202,7 +168,7 @@ impl Job for Args {
         let (model, from) = match &self.model {
             Some(dir) => (Llama::load(dir, device, &options)?, "from the folder"),
             None => {
-                let config = LlamaConfig::from_json(&self.shape.config(self.longest()))?;
+                let config = LlamaConfig::from_json(&self.shape.json(self.longest(), None))?;
                 let source = self.random_model(config.clone());
                 (Llama::from_source(config, &source, device, &options)?, "weights made in memory")
             }

@@ -11,14 +11,15 @@ use clap::{Parser, ValueEnum};
 use gptq_core::GptqConfig;
 use gptq_examples::{
     data::RowSource,
+    device::{DeviceArgs, Job, Machine},
     failure::{Failure, run},
     plot, progress,
 };
 use gptq_format::{Checkpoint, DynamicRules};
-use gptq_kernels::cpu::Cpu;
+use gptq_kernels::{cpu::Cpu, quantize::QuantizeBackend};
 use gptq_llama::{
-    Existing, LlamaConfig, LlamaError, LoraWeights, OutputError, QuantizeJob, QuantizeOptions, Watch,
-    WeightSource,
+    Existing, LlamaConfig, LlamaError, LoraWeights, OutputError, QuantizeJob, QuantizeOptions,
+    QuantizeReport, Watch,
 };
 
 /// Quantises the linear layers of a Llama, Mistral or Qwen2 and writes a GPTQ checkpoint.
@@ -90,6 +91,15 @@ struct Args {
     /// Mebibytes of calibration activations in memory; what does not fit goes to a file in --out
     #[arg(long, default_value_t = 4096, value_name = "MIB")]
     memory_budget: usize,
+    /// Mebibytes of activations in GPU memory [default: what the work on a layer leaves]; what does not fit goes to the
+    /// host's memory, up to --memory-budget
+    #[arg(long, value_name = "MIB")]
+    device_budget: Option<usize>,
+    /// Say where the time went
+    #[arg(long)]
+    times: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Draw the loss of every layer, beside what rounding to nearest would have lost, into this SVG file
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
@@ -114,7 +124,13 @@ enum Recipe {
 }
 
 fn main() -> ExitCode {
-    run(|args: Args| write_quantized(&args))
+    run(|args: Args| args.device.run(&args))
+}
+
+impl Job for Args {
+    fn run<D: QuantizeBackend>(&self, device: D, _: &Machine) -> Result<(), Failure> {
+        write_quantized(self, &device)
+    }
 }
 
 fn options(args: &Args) -> Result<QuantizeOptions, Failure> {
@@ -143,15 +159,19 @@ fn options(args: &Args) -> Result<QuantizeOptions, Failure> {
         Some(file) => rules(file).map_err(|error| format!("{}: {error}", file.display()))?,
         None => DynamicRules::default(),
     };
-    let bytes = args.memory_budget.saturating_mul(1 << 20);
-    Ok(options.with_dynamic(rules).with_lm_head(args.lm_head).with_activation_bytes(bytes))
+    let bytes = |mebibytes: usize| mebibytes.saturating_mul(1 << 20);
+    Ok(options
+        .with_dynamic(rules)
+        .with_lm_head(args.lm_head)
+        .with_activation_bytes(bytes(args.memory_budget))
+        .with_device_activation_bytes(args.device_budget.map(bytes)))
 }
 
 fn rules(file: &Path) -> Result<DynamicRules, Failure> {
     Ok(DynamicRules::from_json(&fs::read_to_string(file)?)?)
 }
 
-fn write_quantized(args: &Args) -> Result<(), Failure> {
+fn write_quantized<D: QuantizeBackend>(args: &Args, device: &D) -> Result<(), Failure> {
     let options = options(args)?;
     let config = LlamaConfig::read(&args.model)?;
     let checkpoint = Checkpoint::open(&args.model)?;
@@ -174,10 +194,6 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
         Some(adapter) => Some(LoraWeights::open(adapter, &checkpoint, &config)?),
         None => None,
     };
-    let weights: &dyn WeightSource = match &merged {
-        Some(merged) => merged,
-        None => &checkpoint,
-    };
     let existing = match (args.resume, args.overwrite) {
         (true, _) => Existing::Resume,
         (_, true) => Existing::Overwrite,
@@ -185,7 +201,10 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
     };
     let bar = progress::quantization_bar("quantising");
     let mut watch = Watch::default().on_progress(|progress| progress::show(&bar, progress));
-    let mut job = QuantizeJob::new(&config, &checkpoint, &Cpu, options).weights(weights).existing(existing);
+    let mut job = QuantizeJob::new(&config, &checkpoint, device, options).existing(existing);
+    if let Some(merged) = &merged {
+        job = job.weights(merged);
+    }
     if let Some(rows) = &rows {
         job = job.calibration(rows);
     }
@@ -218,7 +237,24 @@ fn write_quantized(args: &Args) -> Result<(), Failure> {
         written.tensor_bytes as f64 / 1e6,
         args.out.display()
     );
+    if args.times {
+        print_times(&report);
+    }
     Ok(())
+}
+
+/// Seconds of each phase, and the most memory.
+fn print_times(report: &QuantizeReport) {
+    for (phase, time) in report.times.parts() {
+        println!("{phase:>10} {:8.2} s", time.as_secs_f64());
+    }
+    let gigabytes = |bytes: Option<u64>| {
+        bytes.map_or_else(|| "unknown".to_owned(), |b| format!("{:.2} GB", b as f64 / 1e9))
+    };
+    println!("memory of the host: {}", gigabytes(report.peak_memory));
+    if let Some(device) = &report.device {
+        println!("memory of the GPU: {} ({device})", gigabytes(report.device_memory));
+    }
 }
 
 /// Says which option helps.

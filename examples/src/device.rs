@@ -1,7 +1,7 @@
 //! `--device` of the examples: a job that runs on any backend, and the backend that the command line asks for.
 
 use clap::{Args, ValueEnum};
-use gptq_kernels::{Backend, cpu::Cpu};
+use gptq_kernels::{cpu::Cpu, quantize::QuantizeBackend};
 
 use crate::{failure::Failure, host_memory};
 
@@ -37,7 +37,7 @@ pub enum Activations {
 /// What an example does, on any device.
 pub trait Job {
     /// Does it.
-    fn run<D: Backend>(&self, device: D, machine: &Machine) -> Result<(), Failure>;
+    fn run<D: QuantizeBackend>(&self, device: D, machine: &Machine) -> Result<(), Failure>;
 }
 
 /// What only the kind of device knows.

@@ -10,6 +10,7 @@ pub mod plot;
 pub mod progress;
 pub mod random_checkpoint;
 pub mod random_model;
+pub mod shape;
 pub mod table;
 pub mod text;
 pub mod zeros;

@@ -97,10 +97,6 @@ impl Hessian {
         let product = error.dot(&self.matrix);
         Ok(product.iter().zip(&error).map(|(p, e)| p * e).sum::<f64>() / 2.0)
     }
-
-    pub(crate) fn into_parts(self) -> (Array2<f64>, Option<Array2<f64>>, u64) {
-        (self.matrix, self.cross, self.samples)
-    }
 }
 
 fn check_finite(matrix: ArrayView2<'_, f64>) -> Result<(), GptqError> {

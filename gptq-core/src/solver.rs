@@ -90,11 +90,19 @@ impl<F: Factorize> Gptq<F> {
     /// If no damping makes it positive definite, unless [`OnFailure::Rtn`] is set; if GPTAQ is on and the Hessian has no
     /// cross moment.
     pub fn prepare(&self, hessian: Hessian) -> Result<PreparedHessian, GptqError> {
+        self.prepare_shared(&hessian)
+    }
+
+    /// [`prepare`](Self::prepare) for a Hessian that is still needed, such as by weights with other settings.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare).
+    pub fn prepare_shared(&self, hessian: &Hessian) -> Result<PreparedHessian, GptqError> {
         let started = Instant::now();
         if self.config.gptaq().is_some() && hessian.cross().is_none() {
             return Err(GptqError::MissingReference);
         }
-        let (matrix, cross, samples) = hessian.into_parts();
+        let matrix = hessian.matrix();
         let mut diagonal = matrix.diag().to_vec();
         let mut dead_columns = Vec::new();
         for (column, d) in diagonal.iter_mut().enumerate() {
@@ -106,15 +114,14 @@ impl<F: Factorize> Gptq<F> {
         let order = ColumnOrder::new(&self.config, &diagonal);
         let ordered = Instant::now();
         let attempt = |diagonal: &[f64]| -> Result<_, Infallible> {
-            Ok(self.factorizer.inverse_cholesky(ordered_with(matrix.view(), &order, diagonal)))
+            Ok(self.factorizer.inverse_cholesky(ordered_with(matrix, &order, diagonal)))
         };
         let Ok(factorized) = factorize_damped(&self.config, &diagonal, attempt);
-        drop(matrix);
         let factorize = ordered.elapsed();
         let block_size = self.config.block_size().get();
         let factor = match factorized {
             Ok((upper, damp)) => {
-                let correction = match (self.config.gptaq(), cross) {
+                let correction = match (self.config.gptaq(), hessian.cross()) {
                     (Some(alpha), Some(cross)) => {
                         let p = correction(alpha, cross, &order, &upper);
                         Some(pack_upper(p.view(), block_size))
@@ -137,7 +144,7 @@ impl<F: Factorize> Gptq<F> {
             order,
             dead_columns,
             factor,
-            samples,
+            samples: hessian.samples(),
             times: PhaseTimes { prepare, factorize, solve: Duration::ZERO },
         })
     }
@@ -294,22 +301,27 @@ fn ordered_with(matrix: ArrayView2<'_, f64>, order: &ColumnOrder, diagonal: &[f6
 }
 
 /// GPTAQ's `P = alpha * triu(D U^T, 1) * U`.
-fn correction(alpha: f32, cross: Array2<f64>, order: &ColumnOrder, upper: &Array2<f64>) -> Array2<f64> {
-    let cross = if order.is_natural() {
-        cross
+fn correction(
+    alpha: f32,
+    cross: ArrayView2<'_, f64>,
+    order: &ColumnOrder,
+    upper: &Array2<f64>,
+) -> Array2<f64> {
+    let mut product = if order.is_natural() {
+        multiply(cross, upper.t())
     } else {
-        Array2::from_shape_fn(cross.raw_dim(), |(i, j)| cross[[order.column[i], order.column[j]]])
+        let ordered =
+            Array2::from_shape_fn(cross.raw_dim(), |(i, j)| cross[[order.column[i], order.column[j]]]);
+        multiply(ordered.view(), upper.t())
     };
-    let mut product = multiply(&cross, upper.t());
-    drop(cross);
     for ((i, j), x) in product.indexed_iter_mut() {
         *x = if j > i { f64::from(alpha) * *x } else { 0.0 };
     }
-    multiply(&product, upper.view())
+    multiply(product.view(), upper.view())
 }
 
 /// `a b`, rows in parallel.
-fn multiply(a: &Array2<f64>, b: ArrayView2<'_, f64>) -> Array2<f64> {
+fn multiply(a: ArrayView2<'_, f64>, b: ArrayView2<'_, f64>) -> Array2<f64> {
     /// Rows per task.
     const ROWS: usize = 64;
     let mut product = Array2::zeros((a.nrows(), b.ncols()));

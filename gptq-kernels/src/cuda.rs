@@ -35,6 +35,7 @@
 //! ```
 
 mod blas;
+mod copies;
 mod dense;
 mod device;
 mod driver;
@@ -57,7 +58,7 @@ mod wgmma;
 pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
 pub use ops::{CudaEmbedding, CudaKvStore, CudaRecordings, CudaRope, CudaStep};
 #[cfg(feature = "quantize")]
-pub use quantize::{CudaPrepared, CudaQuantized, CudaQuantizer, CudaSums};
+pub use quantize::{CudaMoments, CudaPrepared, CudaQuantized, CudaQuantizer, CudaSums};
 
 use crate::{LinearKernel, Unsupported};
 use dense::Dense;

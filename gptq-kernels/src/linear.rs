@@ -149,6 +149,17 @@ pub trait LinearKernel<D: Device>: Send + Sync {
         Err(KernelError::Unsupported { kernel: self.name(), reason: Unsupported::WeightFormat })
     }
 
+    /// [`prepare_dense`](Self::prepare_dense) of a weight (out_features, in_features) that is on the device already, in its
+    /// element type. Makes a copy.
+    fn prepare_resident(
+        &self,
+        weight: MatRef<'_, D>,
+        bias: Option<&[f32]>,
+    ) -> Result<Box<dyn Linear<D>>, KernelError> {
+        let _ = (weight, bias);
+        Err(KernelError::Unsupported { kernel: self.name(), reason: Unsupported::WeightFormat })
+    }
+
     /// How far a result may be from the exact product, derived from this kernel's arithmetic. The
     /// [conformance battery](crate::conformance) holds the kernel to it.
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound;

@@ -2,13 +2,19 @@
 //!
 //! ```text
 //! sums      <- inputs of a layer, batch by batch        add_batch
-//! prepared  <- sums: ordered, damped, factorised        prepare        once for q, k and v
+//! moments   <- sums: scaled, in float64                 finish
+//! prepared  <- moments: ordered, damped, factorised     prepare_moments   once for q, k and v
 //! quantized <- prepared, weight: the column loop        quantize       for each of them
 //! codes, packed words, weights again <- quantized       download, pack, dequantize
 //! ```
 
+mod backend;
+
 use gptq_core::{GptqConfig, GptqError, Hessian, LayerReport, QuantizedWeight};
 use gptq_format::{PackError, PackedLinear};
+use ndarray::{Array2, ArrayView2};
+
+pub use backend::{DeviceMemory, QuantizeBackend};
 
 use crate::{DenseWeight, Device, KernelError, MatMut, MatRef};
 
@@ -20,6 +26,8 @@ use crate::{DenseWeight, Device, KernelError, MatMut, MatRef};
 pub trait Quantizer<D: Device>: Send + Sync {
     /// Second moments under construction.
     type Sums: Send;
+    /// Finished second moments: a [`Hessian`] where the device has it.
+    type Moments: Send + Sync;
     /// A factorised Hessian.
     type Prepared: Send + Sync;
     /// Codes, scales and zeros of one weight.
@@ -47,18 +55,50 @@ pub trait Quantizer<D: Device>: Send + Sync {
         reference: Option<MatRef<'_, D>>,
     ) -> Result<(), QuantizeError>;
 
-    /// Orders, damps and factorises the Hessian of all tokens, once for all weights that share it.
+    /// The second moments of all tokens; waits for them.
     ///
     /// # Errors
-    /// [`GptqError::NoSamples`], [`GptqError::NonFiniteHessian`], [`GptqError::NotPositiveDefinite`] unless the settings
-    /// fall back to rounding; what the device says.
-    fn prepare(&self, sums: Self::Sums) -> Result<Self::Prepared, QuantizeError>;
+    /// [`GptqError::NoSamples`], [`GptqError::NonFiniteHessian`]; what the device says.
+    fn finish(&self, sums: Self::Sums) -> Result<Self::Moments, QuantizeError>;
 
-    /// The same for a Hessian computed elsewhere.
+    /// Second moments computed elsewhere.
     ///
     /// # Errors
-    /// As [`prepare`](Self::prepare), and [`GptqError::MissingReference`].
-    fn prepare_hessian(&self, hessian: Hessian) -> Result<Self::Prepared, QuantizeError>;
+    /// What the device says.
+    fn moments(&self, hessian: Hessian) -> Result<Self::Moments, QuantizeError>;
+
+    /// Diagonal of the Hessian, (in_features).
+    fn diagonal(&self, moments: &Self::Moments) -> Vec<f64>;
+
+    /// [`Hessian::output_error`] of a weight error (rows, in_features).
+    ///
+    /// # Errors
+    /// [`GptqError::Features`]; what the device says.
+    fn output_error(&self, moments: &Self::Moments, error: ArrayView2<'_, f32>)
+    -> Result<f64, QuantizeError>;
+
+    /// Orders, damps and factorises the Hessian, once for all weights that share it.
+    ///
+    /// # Errors
+    /// [`GptqError::NotPositiveDefinite`] unless the settings fall back to rounding, [`GptqError::MissingReference`]; what
+    /// the device says.
+    fn prepare_moments(&self, moments: &Self::Moments) -> Result<Self::Prepared, QuantizeError>;
+
+    /// [`finish`](Self::finish), then [`prepare_moments`](Self::prepare_moments).
+    ///
+    /// # Errors
+    /// Theirs.
+    fn prepare(&self, sums: Self::Sums) -> Result<Self::Prepared, QuantizeError> {
+        self.prepare_moments(&self.finish(sums)?)
+    }
+
+    /// [`moments`](Self::moments), then [`prepare_moments`](Self::prepare_moments).
+    ///
+    /// # Errors
+    /// Theirs.
+    fn prepare_hessian(&self, hessian: Hessian) -> Result<Self::Prepared, QuantizeError> {
+        self.prepare_moments(&self.moments(hessian)?)
+    }
 
     /// Quantises a weight.
     ///
@@ -84,6 +124,9 @@ pub trait Quantizer<D: Device>: Send + Sync {
     /// How it went.
     fn report<'a>(&self, quantized: &'a Self::Quantized) -> &'a LayerReport;
 
+    /// Scales (out_features, groups), as the solver has them.
+    fn scales(&self, quantized: &Self::Quantized) -> Array2<f32>;
+
     /// Codes, scales and zeros on the host.
     ///
     /// # Errors
@@ -101,6 +144,10 @@ pub trait Quantizer<D: Device>: Send + Sync {
     /// # Errors
     /// [`KernelError::Shape`]; what the device says.
     fn dequantize(&self, quantized: &Self::Quantized, y: MatMut<'_, D>) -> Result<(), QuantizeError>;
+
+    /// Bytes of device memory that quantising weights of up to `out_features` rows takes at most, from the first
+    /// batch to the packed layer, besides activations and the weights of the forward pass.
+    fn working_bytes(&self, in_features: usize, out_features: usize) -> usize;
 }
 
 /// What can go wrong in quantising on a device.
@@ -119,6 +166,7 @@ pub enum QuantizeError {
 }
 
 /// Bias as [`PackedLinear`] holds it.
+#[cfg(feature = "cuda")]
 pub(crate) fn half_bias(bias: &[f32]) -> Result<Vec<half::f16>, PackError> {
     let halves = bias.iter().enumerate().map(|(index, &value)| {
         let half = half::f16::from_f32(value);

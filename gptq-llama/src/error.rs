@@ -117,6 +117,14 @@ pub enum LlamaError {
         /// Why not.
         source: gptq_core::GptqError,
     },
+    /// A layer could not be quantised, for a reason of the device.
+    #[error("{module}: {source}")]
+    Solver {
+        /// The layer.
+        module: String,
+        /// Why not.
+        source: gptq_kernels::quantize::QuantizeError,
+    },
     /// A tensor has another shape than the configuration says.
     #[error("{tensor} has shape {got:?}, the configuration needs {expected:?}")]
     TensorShape {

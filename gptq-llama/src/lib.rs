@@ -80,7 +80,7 @@ pub use progress::{CancelToken, Progress, QuantizePhase, Watch};
 pub use projections::Precision;
 pub use quantize::{
     Existing, LayerSink, LayerSummary, OutputError, QuantizeJob, QuantizeMethod, QuantizeOptions,
-    QuantizeOutcome, QuantizeReport, RuleError, quantize, round_to_nearest,
+    QuantizeOutcome, QuantizeReport, RuleError, RunTimes, quantize, round_to_nearest,
 };
 pub use random::Rng;
 pub use rows::TokenRows;

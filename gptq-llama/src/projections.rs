@@ -1,6 +1,7 @@
 use gptq_format::{PackedLinear, PackedParts};
 use gptq_kernels::{
-    Backend, Epilogue, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Selector, Workspace,
+    Backend, DenseType, Epilogue, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Selector,
+    WeightFormat, Workspace,
 };
 
 use crate::{
@@ -89,6 +90,26 @@ impl<D: Backend> Preparation<'_, D> {
         }
     }
 
+    /// A dense layer of a weight (out_features, in_features) of type `dtype` that is on the device already.
+    pub(crate) fn resident(
+        &self,
+        name: &LinearName,
+        dtype: DenseType,
+        weight: MatRef<'_, D>,
+        bias: Option<&[f32]>,
+    ) -> Result<Box<dyn Linear<D>>, LlamaError> {
+        let spec = LinearSpec {
+            in_features: weight.cols(),
+            out_features: weight.rows(),
+            weight: WeightFormat::Dense(dtype),
+            bias: bias.is_some(),
+            epilogue: Epilogue::Store,
+        };
+        let kernel = self.select(name, &spec, None)?;
+        let in_layer = |source| LlamaError::Layer { tensor: name.module.clone(), source };
+        kernel.prepare_resident(weight, bias).map_err(in_layer)
+    }
+
     /// A kernel asked for by name is taken whatever its precision.
     fn select(
         &self,
@@ -116,17 +137,6 @@ impl<D: Backend> Preparation<'_, D> {
             .select(self.kernels, spec)
             .map_err(|source| LlamaError::Layer { tensor: layer.module.clone(), source })?;
         Ok(kernel)
-    }
-
-    /// Layers in the order of their columns.
-    pub(crate) fn projections(
-        &self,
-        layers: &[(LinearName, LinearWeight<'_>)],
-    ) -> Result<Projections<D>, LlamaError> {
-        match joined(layers) {
-            Some((name, packed)) => self.one(&name, packed, Epilogue::Store),
-            None => self.side_by_side(layers),
-        }
     }
 
     /// Layers in the order of their columns, with an epilogue if they become one layer whose kernel has it.
@@ -232,6 +242,18 @@ fn side_by_side<'a, T: Copy + 'a>(rows: usize, parts: impl Iterator<Item = &'a [
 }
 
 impl<D: Backend> Projections<D> {
+    /// Layers in the order of their columns, each by itself.
+    pub(crate) fn of(linears: Vec<Box<dyn Linear<D>>>) -> Self {
+        let mut features = 0;
+        let part = |linear: Box<dyn Linear<D>>| {
+            let offset = features;
+            features += linear.spec().out_features;
+            Part { offset, linear }
+        };
+        let parts = linears.into_iter().map(part).collect();
+        Self { parts, features }
+    }
+
     /// Columns of the output.
     pub(crate) fn features(&self) -> usize {
         self.features

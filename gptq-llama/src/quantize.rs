@@ -12,13 +12,15 @@ mod original;
 mod plan;
 mod record;
 mod report;
+mod room;
 mod round;
 mod run;
+mod solve;
 mod store;
 mod summary;
 
 use gptq_format::PackedLinear;
-use gptq_kernels::Backend;
+use gptq_kernels::quantize::QuantizeBackend;
 
 use crate::{Layer, LlamaConfig, LlamaError, TokenRows, Watch, WeightSource};
 pub use job::{Existing, QuantizeJob, QuantizeOutcome};
@@ -26,7 +28,7 @@ pub use journal::OutputError;
 pub use options::QuantizeOptions;
 pub(crate) use plan::Plan;
 pub use plan::RuleError;
-pub use report::{LayerSummary, QuantizeReport};
+pub use report::{LayerSummary, QuantizeReport, RunTimes};
 use store::Forward;
 
 /// By what a model is quantised.
@@ -55,14 +57,15 @@ pub type LayerSink<'a> = dyn FnMut(Layer, PackedLinear) -> Result<(), LlamaError
 /// [`QuantizeOptions::lm_head`] says otherwise, and what rules take out.
 ///
 /// Every calibration row runs through the model by itself, from position 0; all its tokens count. The inputs of a layer
-/// are those behind its quantised predecessors, with scales in float32 as the solver has them. The forward pass runs on
-/// `device` in float32, one decoder layer at a time: memory holds one layer's weights, the residual stream of all rows,
-/// and one more activation of all rows.
+/// are those behind its quantised predecessors, dequantised with scales in float32 as the solver has them. Forward pass,
+/// second moments and solution run on `device`, one decoder layer at a time: memory holds one layer's weights, the residual
+/// stream of all rows, and one more activation of all rows. The forward pass has the device's type of activations, and its
+/// weights too: float32 on the CPU, half precision on a GPU.
 ///
 /// Finished layers go to `sink`. Errors: [`LlamaError::AlreadyQuantized`], [`LlamaError::Quantize`] with the layer's name,
 /// [`LlamaError::DynamicRule`], [`LlamaError::UnusedRule`], [`LlamaError::TiedOutputLayer`], [`LlamaError::Cancelled`],
 /// what `sink` returns, and those of loading.
-pub fn quantize<D: Backend>(
+pub fn quantize<D: QuantizeBackend>(
     config: &LlamaConfig,
     source: &dyn WeightSource,
     device: &D,

@@ -25,9 +25,24 @@ pub struct ModelWriter<'a> {
     source: &'a Checkpoint,
     /// What tensors hold, if not what the checkpoint says.
     weights: Option<&'a dyn WeightSource>,
+    layers: LayerWriter,
+}
+
+/// Quantised layers on their way to a checkpoint: the part of a [`ModelWriter`] that another thread can have.
+pub(crate) struct LayerWriter {
     writer: CheckpointWriter,
     /// Quantised layers that are still to come.
     missing: HashSet<String>,
+}
+
+impl LayerWriter {
+    pub(crate) fn layer(&mut self, layer: Layer, packed: &PackedLinear) -> Result<(), LlamaError> {
+        let module = layer.to_string();
+        if !self.missing.remove(&module) {
+            return Err(LlamaError::UnknownLayer { tensor: module });
+        }
+        Ok(self.writer.linear(&module, packed)?)
+    }
 }
 
 impl<'a> ModelWriter<'a> {
@@ -47,7 +62,17 @@ impl<'a> ModelWriter<'a> {
         let mut writer = CheckpointWriter::create(dir, Some(&quantize_config), WriteOptions::default())?;
         writer.carry_over(source.dir())?;
         let missing = plan.layers(config).map(|layer| layer.to_string()).collect();
-        Ok(Self { source, weights: None, writer, missing })
+        Ok(Self::with_layers(source, LayerWriter { writer, missing }))
+    }
+
+    /// What writes the layers, without the rest.
+    pub(crate) fn into_layers(self) -> LayerWriter {
+        self.layers
+    }
+
+    /// The rest, to go on with layers that [`into_layers`](Self::into_layers) has given and that have been written.
+    pub(crate) fn with_layers(source: &'a Checkpoint, layers: LayerWriter) -> Self {
+        Self { source, weights: None, layers }
     }
 
     /// Takes the values of what is not quantised from `weights`, such as [`LoraWeights`](crate::LoraWeights), instead of
@@ -61,18 +86,15 @@ impl<'a> ModelWriter<'a> {
     ///
     /// Errors: [`LlamaError::Format`], [`LlamaError::UnknownLayer`] if there is no such layer or it has been written.
     pub fn layer(&mut self, layer: Layer, packed: &PackedLinear) -> Result<(), LlamaError> {
-        let module = layer.to_string();
-        if !self.missing.remove(&module) {
-            return Err(LlamaError::UnknownLayer { tensor: module });
-        }
-        Ok(self.writer.linear(&module, packed)?)
+        self.layers.layer(layer, packed)
     }
 
     /// Adds what is not quantised, `quant_log.csv` and `quantize_report.json`, and puts the folder in its place.
     ///
     /// Errors: [`LlamaError::MissingTensor`] if a layer has not been written, [`LlamaError::Format`].
-    pub fn finish(mut self, report: &QuantizeReport) -> Result<WriteSummary, LlamaError> {
-        if let Some(tensor) = self.missing.into_iter().min() {
+    pub fn finish(self, report: &QuantizeReport) -> Result<WriteSummary, LlamaError> {
+        let LayerWriter { mut writer, missing } = self.layers;
+        if let Some(tensor) = missing.into_iter().min() {
             return Err(LlamaError::MissingTensor { tensor });
         }
         let quantized: HashSet<String> = report
@@ -85,11 +107,11 @@ impl<'a> ModelWriter<'a> {
                 self.weights.map(|weights| changed(weights, self.source, tensor.name())).transpose()?;
             let bytes = changed.flatten();
             let bytes = bytes.as_deref().unwrap_or(tensor.bytes());
-            self.writer.tensor(tensor.name(), tensor.dtype(), tensor.shape(), bytes)?;
+            writer.tensor(tensor.name(), tensor.dtype(), tensor.shape(), bytes)?;
         }
-        self.writer.file(LOG, report.to_csv().as_bytes())?;
-        self.writer.file(REPORT, report.to_json().as_bytes())?;
-        Ok(self.writer.finish()?)
+        writer.file(LOG, report.to_csv().as_bytes())?;
+        writer.file(REPORT, report.to_json().as_bytes())?;
+        Ok(writer.finish()?)
     }
 }
 

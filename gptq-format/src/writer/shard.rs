@@ -15,6 +15,8 @@ const IN_MEMORY: usize = 64 << 20;
 const HEADER_ROOM: usize = 1 << 20;
 /// Tensors whose length would leave the next one unaligned wait for the end of the shard, together at most this long.
 const WAITING: usize = 64 << 20;
+/// Bytes that wait in the system's cache at most, so that closing a long shard does not mean waiting for all of it.
+const UNSYNCED: usize = 256 << 20;
 /// Offsets of tensors are multiples of this, which suffices for every element type.
 const ALIGN: usize = 8;
 /// Where the data starts, so that it can be used in place by vector instructions.
@@ -34,6 +36,7 @@ pub(super) struct Shard {
     waiting_len: usize,
     data_len: u64,
     header_bound: usize,
+    unsynced: usize,
 }
 
 /// A complete shard.
@@ -55,6 +58,7 @@ impl Shard {
             waiting_len: 0,
             data_len: 0,
             header_bound: 256,
+            unsynced: 0,
         }
     }
 
@@ -146,7 +150,13 @@ impl Shard {
             }
         };
         file.write_all(&self.buffer)?;
+        file.write_all(bytes)?;
+        self.unsynced += self.buffer.len() + bytes.len();
         self.buffer.clear();
-        file.write_all(bytes)
+        if self.unsynced >= UNSYNCED {
+            file.sync_data()?;
+            self.unsynced = 0;
+        }
+        Ok(())
     }
 }

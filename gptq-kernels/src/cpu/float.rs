@@ -10,8 +10,8 @@ use super::{
     simd::Simd,
 };
 use crate::{
-    DenseType, DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
-    Unsupported, WeightFormat, Workspace,
+    DenseData, DenseType, DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
+    MatRef, Unsupported, WeightFormat, Workspace,
 };
 
 /// Up to here each weight is decoded in registers, per four rows; beyond, a segment at a time into a panel.
@@ -56,6 +56,22 @@ impl<S: Simd> LinearKernel<Cpu> for FloatKernel<S> {
         weight.validate()?;
         let (spec, bias) = (LinearSpec::of_dense(weight), weight.bias.map(<[f32]>::to_vec));
         Ok(Box::new(FloatLinear { s: self.0, spec, packed: Packed::dense(weight)?, bias }))
+    }
+
+    fn prepare_resident(
+        &self,
+        weight: MatRef<'_, Cpu>,
+        bias: Option<&[f32]>,
+    ) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
+        let (out_features, in_features, stride) = (weight.rows(), weight.cols(), weight.row_stride());
+        let gathered: Vec<f32>;
+        let data = if stride == in_features {
+            &weight.data()[..out_features * in_features]
+        } else {
+            gathered = weight.data().chunks(stride).flat_map(|row| &row[..in_features]).copied().collect();
+            &gathered
+        };
+        self.prepare_dense(&DenseWeight { in_features, out_features, data: DenseData::F32(data), bias })
     }
 
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {

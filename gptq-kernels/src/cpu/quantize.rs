@@ -4,13 +4,17 @@ use gptq_core::{
     Gptq, GptqConfig, GptqError, Hessian, HessianAccumulator, LayerReport, PreparedHessian, QuantizedWeight,
 };
 use gptq_format::{Bits, CodesRef, PackedLinear};
-use ndarray::{ArrayView2, ShapeBuilder};
+use ndarray::{Array2, ArrayView2, Axis, ShapeBuilder};
+use rayon::prelude::*;
 
 use super::Cpu;
 use crate::{
-    DenseData, DenseWeight, KernelError, MatMut, MatRef,
-    quantize::{QuantizeError, Quantizer},
+    DenseData, DenseType, DenseWeight, KernelError, MatMut, MatRef,
+    quantize::{DeviceMemory, QuantizeBackend, QuantizeError, Quantizer},
 };
+
+/// Rows of a weight error that one task takes.
+const CHUNK: usize = 16;
 
 /// gptq-core behind [`Quantizer`].
 #[derive(Debug, Clone)]
@@ -33,6 +37,7 @@ fn view<'a>(matrix: &MatRef<'a, Cpu>) -> ArrayView2<'a, f32> {
 
 impl Quantizer<Cpu> for CpuQuantizer {
     type Sums = HessianAccumulator;
+    type Moments = Hessian;
     type Prepared = PreparedHessian;
     type Quantized = QuantizedWeight;
 
@@ -60,12 +65,27 @@ impl Quantizer<Cpu> for CpuQuantizer {
         Ok(())
     }
 
-    fn prepare(&self, sums: HessianAccumulator) -> Result<PreparedHessian, QuantizeError> {
-        self.prepare_hessian(sums.finish()?)
+    fn finish(&self, sums: HessianAccumulator) -> Result<Hessian, QuantizeError> {
+        Ok(sums.finish()?)
     }
 
-    fn prepare_hessian(&self, hessian: Hessian) -> Result<PreparedHessian, QuantizeError> {
-        Ok(self.gptq.prepare(hessian)?)
+    fn moments(&self, hessian: Hessian) -> Result<Hessian, QuantizeError> {
+        Ok(hessian)
+    }
+
+    fn diagonal(&self, hessian: &Hessian) -> Vec<f64> {
+        hessian.matrix().diag().to_vec()
+    }
+
+    fn output_error(&self, hessian: &Hessian, error: ArrayView2<'_, f32>) -> Result<f64, QuantizeError> {
+        let chunks: Vec<_> = error.axis_chunks_iter(Axis(0), CHUNK).collect();
+        let chunks = chunks.into_par_iter().map(|chunk| hessian.output_error(chunk));
+        let errors: Vec<f64> = chunks.collect::<Result<_, _>>()?;
+        Ok(errors.iter().sum())
+    }
+
+    fn prepare_moments(&self, hessian: &Hessian) -> Result<PreparedHessian, QuantizeError> {
+        Ok(self.gptq.prepare_shared(hessian)?)
     }
 
     fn quantize(
@@ -87,6 +107,10 @@ impl Quantizer<Cpu> for CpuQuantizer {
 
     fn report<'a>(&self, quantized: &'a QuantizedWeight) -> &'a LayerReport {
         &quantized.report
+    }
+
+    fn scales(&self, quantized: &QuantizedWeight) -> Array2<f32> {
+        quantized.scales.clone()
     }
 
     fn download(&self, quantized: &QuantizedWeight) -> Result<QuantizedWeight, QuantizeError> {
@@ -126,6 +150,49 @@ impl Quantizer<Cpu> for CpuQuantizer {
         }
         Ok(())
     }
+
+    /// Sums and a copy in the order of quantisation, its factor, and the weight with its codes.
+    fn working_bytes(&self, in_features: usize, out_features: usize) -> usize {
+        let square = in_features.saturating_mul(in_features);
+        let weight = in_features.saturating_mul(out_features);
+        square.saturating_mul(3 * size_of::<f64>()).saturating_add(weight.saturating_mul(9))
+    }
+}
+
+impl QuantizeBackend for Cpu {
+    type Quantizer = CpuQuantizer;
+
+    const ELEMENT: DenseType = DenseType::F32;
+
+    fn quantizers(&self, configs: &[GptqConfig]) -> Result<Vec<CpuQuantizer>, QuantizeError> {
+        Ok(configs.iter().cloned().map(CpuQuantizer::new).collect())
+    }
+
+    fn arithmetic(&self) -> String {
+        "float32".to_owned()
+    }
+
+    fn memory(&self) -> Result<Option<DeviceMemory>, KernelError> {
+        Ok(None)
+    }
+
+    fn save(&self, src: &[f32], dst: &mut [u8]) -> Result<(), KernelError> {
+        check_bytes(src.len(), dst.len())?;
+        dst.copy_from_slice(bytemuck::cast_slice(src));
+        Ok(())
+    }
+
+    fn restore(&self, src: &[u8], dst: &mut [f32]) -> Result<(), KernelError> {
+        check_bytes(dst.len(), src.len())?;
+        bytemuck::cast_slice_mut(dst).copy_from_slice(src);
+        Ok(())
+    }
+}
+
+/// Fails unless so many floats have so many bytes.
+fn check_bytes(floats: usize, bytes: usize) -> Result<(), KernelError> {
+    let needed = floats * size_of::<f32>();
+    if needed == bytes { Ok(()) } else { Err(KernelError::CopyLength { src: needed, dst: bytes }) }
 }
 
 /// Lends a weight in float32 to `work`.

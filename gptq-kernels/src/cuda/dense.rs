@@ -36,11 +36,12 @@ use half::{bf16, f16};
 use super::{
     CudaDevice, Element,
     blas::{self, Blas, Operand, Scratch},
+    copies::{Pitched, copy_rows},
     driver::{Function, Launch, Resident},
     plain::output_bound,
 };
 use crate::{
-    DenseData, DenseType, DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
+    DenseData, DenseWeight, Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
     MatRef, Unsupported, WeightFormat, Workspace, cpu::check_operands,
 };
 
@@ -84,6 +85,38 @@ impl<T: Element> Dense<T> {
         Ok(Self { name: CUBLAS_NAME, ..Self::new(device)? })
     }
 
+    /// A layer of a weight on the device, of type `dtype`, rows `k` padded to a multiple of [`STEP`].
+    fn layer(
+        &self,
+        spec: LinearSpec,
+        dtype: &'static str,
+        weight: Resident,
+        bias: Option<&[f32]>,
+    ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
+        let (stream, images) = (self.device.stream(), self.device.images());
+        let hopper = self.device.compute_capability() >= (9, 0);
+        let tensor = dtype == T::NAME;
+        let image =
+            if hopper && tensor { format!("dense90-{dtype}") } else { format!("dense-{}-{dtype}", T::NAME) };
+        let stages = if hopper { STAGES_HOPPER } else { STAGES };
+        let shared = if tensor { stages * STAGE } else { 0 };
+        let blocks = spec.out_features.min(self.device.multiprocessors() as usize * BLOCKS);
+        let scratch = if hopper { SCRATCH_HOPPER } else { SCRATCH };
+        Ok(Box::new(DenseLinear {
+            multiply: images.function(&image, "dense", shared)?,
+            // Only images for Hopper wait by themselves.
+            shape: Launch { shared, programmatic: hopper && tensor, ..grid((1, blocks), WARPS * 32) },
+            add_bias: images.function(&image, "add_bias", 0)?,
+            weight,
+            bias: Resident::new::<f32>(stream, bias.unwrap_or_default())?,
+            k_stride: spec.in_features.next_multiple_of(STEP),
+            blas: self.blas()?.map(|blas| (blas, scratch)),
+            name: self.name,
+            spec,
+            element: PhantomData::<T>,
+        }))
+    }
+
     fn blas(&self) -> Result<Option<Arc<Blas>>, KernelError> {
         if self.name == NAME {
             return Ok(None);
@@ -94,10 +127,6 @@ impl<T: Element> Dense<T> {
         }
         Ok(blas.clone())
     }
-}
-
-fn own_type<T: Element>() -> DenseType {
-    if T::NAME == f16::NAME { DenseType::F16 } else { DenseType::Bf16 }
 }
 
 /// `DenseArgs` of `dense.cu`.
@@ -155,7 +184,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
         let WeightFormat::Dense(dtype) = spec.weight else { return Err(Unsupported::WeightFormat) };
         spec.only_stores()?;
-        if self.name == CUBLAS_NAME && dtype != own_type::<T>() {
+        if self.name == CUBLAS_NAME && dtype != T::TYPE {
             return Err(Unsupported::WeightFormat);
         }
         // 32-bit sizes in the kernel and in cuBLAS.
@@ -174,34 +203,45 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
         weight.validate()?;
         let spec = LinearSpec::of_dense(weight);
         self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: self.name, reason })?;
-        let (stream, images) = (self.device.stream(), self.device.images());
-        let (k, k_stride) = (spec.in_features, spec.in_features.next_multiple_of(STEP));
+        let (stream, k) = (self.device.stream(), spec.in_features);
+        let k_stride = k.next_multiple_of(STEP);
         let (dtype, resident) = match weight.data {
             DenseData::F32(data) => ("f32", Resident::new(stream, &padded(data, k, k_stride))?),
             DenseData::F16(data) => (f16::NAME, Resident::new(stream, &padded(data, k, k_stride))?),
             DenseData::Bf16(data) => (bf16::NAME, Resident::new(stream, &padded(data, k, k_stride))?),
         };
-        let hopper = self.device.compute_capability() >= (9, 0);
-        let tensor = dtype == T::NAME;
-        let image =
-            if hopper && tensor { format!("dense90-{dtype}") } else { format!("dense-{}-{dtype}", T::NAME) };
-        let stages = if hopper { STAGES_HOPPER } else { STAGES };
-        let shared = if tensor { stages * STAGE } else { 0 };
-        let blocks = spec.out_features.min(self.device.multiprocessors() as usize * BLOCKS);
-        let scratch = if hopper { SCRATCH_HOPPER } else { SCRATCH };
-        Ok(Box::new(DenseLinear {
-            multiply: images.function(&image, "dense", shared)?,
-            // Only images for Hopper wait by themselves.
-            shape: Launch { shared, programmatic: hopper && tensor, ..grid((1, blocks), WARPS * 32) },
-            add_bias: images.function(&image, "add_bias", 0)?,
-            weight: resident,
-            bias: Resident::new::<f32>(stream, weight.bias.unwrap_or_default())?,
-            k_stride,
-            blas: self.blas()?.map(|blas| (blas, scratch)),
-            name: self.name,
-            spec,
-            element: PhantomData::<T>,
-        }))
+        self.layer(spec, dtype, resident, weight.bias)
+    }
+
+    fn prepare_resident(
+        &self,
+        weight: MatRef<'_, CudaDevice<T>>,
+        bias: Option<&[f32]>,
+    ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
+        let (n, k) = (weight.rows(), weight.cols());
+        let length = |field, got| KernelError::WeightLength { field, in_features: k, out_features: n, got };
+        if n == 0 || k == 0 {
+            return Err(length("weight", 0));
+        }
+        if let Some(bias) = bias.filter(|bias| bias.len() != n) {
+            return Err(length("bias", bias.len()));
+        }
+        let spec = LinearSpec {
+            in_features: k,
+            out_features: n,
+            weight: WeightFormat::Dense(T::TYPE),
+            bias: bias.is_some(),
+            epilogue: Epilogue::Store,
+        };
+        self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: self.name, reason })?;
+        let (k_stride, size) = (k.next_multiple_of(STEP), size_of::<T>());
+        let resident = Resident::zeros::<T>(self.device.stream(), n * k_stride)?;
+        let from = Pitched { address: weight.data().address(), pitch: weight.row_stride() * size };
+        let to = Pitched { address: resident.address(), pitch: k_stride * size };
+        // SAFETY: a `MatRef` is n rows of memory of the device, on whose stream it is used; the copy has n rows of `k_stride`
+        // elements, which are not less than k.
+        unsafe { copy_rows(self.device.stream(), from, to, k * size, n) }?;
+        self.layer(spec, T::NAME, resident, bias)
     }
 
     /// A product of a weight of the activations' type passes the additions of its tensor core: 16 products and an
@@ -216,7 +256,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {
         let k = spec.in_features;
         let tensor_core = 17 * 2;
-        let roundings = if spec.weight != WeightFormat::Dense(own_type::<T>()) {
+        let roundings = if spec.weight != WeightFormat::Dense(T::TYPE) {
             k.div_ceil(32) + 5 + 1
         } else if self.name == NAME {
             k.div_ceil(STEP * WARPS) * 2 * tensor_core + 1 + WARPS + 1

@@ -10,7 +10,7 @@ use super::{
     driver::{Images, gpu_error, message, zeros},
     ops::Operations,
 };
-use crate::{Device, KernelError, Unsupported};
+use crate::{DenseType, Device, KernelError, Unsupported};
 
 mod sealed {
     pub trait Sealed {}
@@ -25,6 +25,9 @@ pub trait Element:
     /// The name that kernels are called by.
     #[doc(hidden)]
     const NAME: &'static str;
+    /// The same, of a weight.
+    #[doc(hidden)]
+    const TYPE: DenseType;
     /// Unit roundoff.
     #[doc(hidden)]
     const UNIT: f64;
@@ -39,6 +42,7 @@ pub trait Element:
 
 impl Element for f16 {
     const NAME: &'static str = "f16";
+    const TYPE: DenseType = DenseType::F16;
     const UNIT: f64 = 1.0 / 2048.0;
     const SUBNORMAL: f64 = 1.0 / (1u64 << 25) as f64;
     fn from_f32(value: f32) -> Self {
@@ -51,6 +55,7 @@ impl Element for f16 {
 
 impl Element for bf16 {
     const NAME: &'static str = "bf16";
+    const TYPE: DenseType = DenseType::Bf16;
     const UNIT: f64 = 1.0 / 256.0;
     const SUBNORMAL: f64 = f32::MIN_POSITIVE as f64;
     fn from_f32(value: f32) -> Self {

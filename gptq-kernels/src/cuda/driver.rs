@@ -319,6 +319,17 @@ impl Resident {
         Ok(Self { address, bytes, slice: Some(Box::new(slice)), context })
     }
 
+    /// Memory of zeros, and its address, for work on `stream` to fill.
+    pub(super) fn zeros<E: DeviceRepr + ValidAsZeroBits + Send + Sync + 'static>(
+        stream: &Arc<CudaStream>,
+        len: usize,
+    ) -> Result<Self, KernelError> {
+        let slice = zeros::<E>(stream, len)?;
+        let (address, bytes) = (slice.device_ptr(stream).0, len * size_of::<E>());
+        let context = Arc::clone(stream.context());
+        Ok(Self { address, bytes, slice: Some(Box::new(slice)), context })
+    }
+
     /// Address on the device; 0 if there are no elements.
     pub(super) fn address(&self) -> u64 {
         self.address

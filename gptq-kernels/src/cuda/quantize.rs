@@ -7,10 +7,12 @@
 //! | `factor` | damping and factorisation |
 //! | `solve` | the column loop |
 //! | `result` | codes, packed words, weights again |
+//! | `backend` | what a whole model needs besides |
 //!
 //! Everything is queued on the device's stream; [`Quantizer::prepare`], [`Quantizer::quantize`] and
 //! [`Quantizer::pack`] wait for their results.
 
+mod backend;
 mod factor;
 mod gpu;
 mod hessian;
@@ -28,7 +30,7 @@ use gptq_core::{
     OnFailure, PhaseTimes, QuantizedWeight, rtn,
 };
 use gptq_format::PackedLinear;
-use ndarray::{ArrayView2, ShapeBuilder};
+use ndarray::{Array2, ArrayView2, ShapeBuilder};
 
 use super::{CudaDevice, Element};
 use crate::{
@@ -38,11 +40,10 @@ use crate::{
 };
 use factor::{Factor, Matrix};
 use gpu::{Gpu, check_features};
-use hessian::Moments;
 use memory::Memory;
 use solve::{Natural, Source};
 
-pub use hessian::CudaSums;
+pub use hessian::{CudaMoments, CudaSums};
 pub use result::CudaQuantized;
 
 /// GPTQ on a GPU of compute capability 8.0 or later, with cuBLAS.
@@ -51,7 +52,7 @@ pub use result::CudaQuantized;
 /// computed in float64 too and differs by its last bits, and Hessians differ by the order of their sums.
 pub struct CudaQuantizer<T: Element> {
     config: GptqConfig,
-    gpu: Gpu<T>,
+    gpu: Arc<Gpu<T>>,
 }
 
 /// A factorised Hessian on a GPU, and the settings it was prepared under.
@@ -84,9 +85,18 @@ impl<T: Element> CudaQuantizer<T> {
     /// [`KernelError::Unsupported`](crate::KernelError::Unsupported) if the GPU is too old, cuBLAS cannot be loaded, or
     /// lazy blocks are wider than 256 columns or than its shared memory holds.
     pub fn new(device: &CudaDevice<T>, config: GptqConfig) -> Result<Self, QuantizeError> {
-        let gpu = Gpu::new(device)?;
+        let gpu = Arc::new(Gpu::new(device)?);
         solve::check_config(&gpu, &config)?;
         Ok(Self { config, gpu })
+    }
+
+    /// One with other settings that shares the device, its kernels and cuBLAS.
+    ///
+    /// # Errors
+    /// [`KernelError::Unsupported`](crate::KernelError::Unsupported) for lazy blocks that are too wide.
+    pub fn with_config(&self, config: GptqConfig) -> Result<Self, QuantizeError> {
+        solve::check_config(&self.gpu, &config)?;
+        Ok(Self { config, gpu: Arc::clone(&self.gpu) })
     }
 
     /// The finished Hessian on the host, for those who want to look at it or to keep it.
@@ -94,7 +104,7 @@ impl<T: Element> CudaQuantizer<T> {
     /// # Errors
     /// [`GptqError::NoSamples`], [`GptqError::NonFiniteHessian`]; what the device says.
     pub fn hessian(&self, sums: CudaSums<T>) -> Result<Hessian, QuantizeError> {
-        let Moments { matrix, cross, diagonal, samples } = sums.finish(&self.gpu)?;
+        let CudaMoments { matrix, cross, diagonal, samples } = sums.finish(&self.gpu)?;
         let n = diagonal.len();
         let download = |matrix: &Memory<f64>| -> Result<_, QuantizeError> {
             let elements = matrix.to_host(self.gpu.stream())?;
@@ -107,11 +117,15 @@ impl<T: Element> CudaQuantizer<T> {
         })
     }
 
-    fn prepare_moments(&self, moments: Moments) -> Result<CudaPrepared, QuantizeError> {
+    fn factorize_moments(&self, moments: &CudaMoments) -> Result<CudaPrepared, QuantizeError> {
         let started = Instant::now();
         let Self { config, gpu } = self;
         let stream = gpu.stream();
-        let Moments { matrix, cross, mut diagonal, samples } = moments;
+        let CudaMoments { matrix, cross, diagonal, samples } = moments;
+        if config.gptaq().is_some() && cross.is_none() {
+            return Err(GptqError::MissingReference.into());
+        }
+        let mut diagonal = diagonal.clone();
         let mut dead_columns = Vec::new();
         for (column, d) in diagonal.iter_mut().enumerate() {
             if *d == 0.0 {
@@ -145,7 +159,7 @@ impl<T: Element> CudaQuantizer<T> {
         let dead_positions = if dead_positions.is_empty() { None } else { Some(indices(&dead_positions)?) };
         let ordered = Instant::now();
         let waiting =
-            Matrix { hessian: &matrix, cross: cross.as_ref(), order: &shared.order, diagonal: &diagonal };
+            Matrix { hessian: matrix, cross: cross.as_ref(), order: &shared.order, diagonal: &diagonal };
         let outcome = waiting.factorize(gpu, config)?;
         let factorize = ordered.elapsed();
         let factor = match outcome {
@@ -164,7 +178,16 @@ impl<T: Element> CudaQuantizer<T> {
         };
         let prepare = started.elapsed().saturating_sub(factorize);
         let times = PhaseTimes { prepare, factorize, solve: Duration::ZERO };
-        Ok(CudaPrepared { shared, natural, position, dead_columns, dead_positions, factor, samples, times })
+        Ok(CudaPrepared {
+            shared,
+            natural,
+            position,
+            dead_columns,
+            dead_positions,
+            factor,
+            samples: *samples,
+            times,
+        })
     }
 
     fn quantize_source(
@@ -238,6 +261,7 @@ impl<T: Element> CudaQuantizer<T> {
 
 impl<T: Element> Quantizer<CudaDevice<T>> for CudaQuantizer<T> {
     type Sums = CudaSums<T>;
+    type Moments = CudaMoments;
     type Prepared = CudaPrepared;
     type Quantized = CudaQuantized;
 
@@ -259,15 +283,12 @@ impl<T: Element> Quantizer<CudaDevice<T>> for CudaQuantizer<T> {
         sums.add(&self.gpu, inputs, reference)
     }
 
-    fn prepare(&self, sums: CudaSums<T>) -> Result<CudaPrepared, QuantizeError> {
-        self.prepare_moments(sums.finish(&self.gpu)?)
+    fn finish(&self, sums: CudaSums<T>) -> Result<CudaMoments, QuantizeError> {
+        sums.finish(&self.gpu)
     }
 
-    fn prepare_hessian(&self, hessian: Hessian) -> Result<CudaPrepared, QuantizeError> {
+    fn moments(&self, hessian: Hessian) -> Result<CudaMoments, QuantizeError> {
         check_features(hessian.in_features(), 1)?;
-        if self.config.gptaq().is_some() && hessian.cross().is_none() {
-            return Err(GptqError::MissingReference.into());
-        }
         let upload = |matrix: ArrayView2<'_, f64>| {
             let matrix = matrix.as_standard_layout();
             let elements = matrix.as_slice().expect("invariant: the layout is standard");
@@ -277,12 +298,24 @@ impl<T: Element> Quantizer<CudaDevice<T>> for CudaQuantizer<T> {
             Some(_) => hessian.cross().map(upload).transpose()?,
             None => None,
         };
-        self.prepare_moments(Moments {
+        Ok(CudaMoments {
             matrix: upload(hessian.matrix())?,
             cross,
             diagonal: hessian.matrix().diag().to_vec(),
             samples: hessian.samples(),
         })
+    }
+
+    fn diagonal(&self, moments: &CudaMoments) -> Vec<f64> {
+        moments.diagonal.clone()
+    }
+
+    fn output_error(&self, moments: &CudaMoments, error: ArrayView2<'_, f32>) -> Result<f64, QuantizeError> {
+        moments.output_error(&self.gpu, error)
+    }
+
+    fn prepare_moments(&self, moments: &CudaMoments) -> Result<CudaPrepared, QuantizeError> {
+        self.factorize_moments(moments)
     }
 
     fn quantize(
@@ -310,6 +343,10 @@ impl<T: Element> Quantizer<CudaDevice<T>> for CudaQuantizer<T> {
         &quantized.report
     }
 
+    fn scales(&self, quantized: &CudaQuantized) -> Array2<f32> {
+        quantized.scales()
+    }
+
     fn download(&self, quantized: &CudaQuantized) -> Result<QuantizedWeight, QuantizeError> {
         quantized.download(&self.gpu)
     }
@@ -324,5 +361,15 @@ impl<T: Element> Quantizer<CudaDevice<T>> for CudaQuantizer<T> {
         y: MatMut<'_, CudaDevice<T>>,
     ) -> Result<(), QuantizeError> {
         Ok(quantized.dequantize(&self.gpu, y)?)
+    }
+
+    /// A square element has 12 bytes while sums are added; then 8 of the moments and 14 of the factorisation. GPTAQ has 12
+    /// and 8 more of moments, and 28 more of its correction. A weight has 4 bytes in float32, and at most 4 as it is
+    /// uploaded, or one each as code, error, packed and again 2 as activations are.
+    fn working_bytes(&self, in_features: usize, out_features: usize) -> usize {
+        let square = in_features.saturating_mul(in_features);
+        let weight = in_features.saturating_mul(out_features);
+        let factors = if self.config.gptaq().is_some() { 22 + 8 + 28 } else { 22 };
+        square.saturating_mul(factors).saturating_add(weight.saturating_mul(10)).saturating_add(64 << 20)
     }
 }

@@ -1,15 +1,25 @@
 //! What rounding to nearest would have cost, so that a loss means something.
 
-use gptq_core::{GptqConfig, Hessian, LayerReport, rtn};
-use ndarray::{Array2, ArrayView2, Axis};
-use rayon::prelude::*;
+use gptq_core::{GptqConfig, LayerReport, rtn};
+use gptq_kernels::quantize::{QuantizeError, Quantizer};
+use ndarray::{Array2, ArrayView2};
 
 /// Rows of a weight whose rounding is measured. Their mean stands for all: the standard error of a mean over 64 rows is an
 /// eighth of the spread between rows, and the cost is `64 in_features^2` operations instead of
 /// `out_features in_features^2`.
 const ROWS: usize = 64;
-/// Rows of a task.
-const CHUNK: usize = 16;
+
+/// The rows of a weight of so many that are measured: evenly spaced, all if there are few.
+pub(super) fn sample(rows: usize) -> Vec<usize> {
+    (0..rows.min(ROWS)).map(|k| k * rows / rows.min(ROWS)).collect()
+}
+
+/// The error `E` of rounding the sampled rows of a weight, `(rows, in_features)`.
+pub(super) struct Rounding {
+    error: Array2<f32>,
+    /// Rows of the weight for each that is measured.
+    share: f64,
+}
 
 /// The quantisation error `E` of rounding under a Hessian, over all rows.
 pub(super) struct Baseline {
@@ -21,34 +31,34 @@ pub(super) struct Baseline {
     mean_diagonal: f64,
 }
 
+impl Rounding {
+    /// Rounds the [`sample`]d rows of a weight of `rows` rows; `None` if they cannot be rounded, which the quantiser will say
+    /// better.
+    pub(super) fn new(sampled: ArrayView2<'_, f32>, rows: usize, settings: &GptqConfig) -> Option<Self> {
+        let error = &sampled - &rtn(sampled, settings).ok()?.dequantize();
+        let share = rows as f64 / sampled.nrows() as f64;
+        Some(Self { error, share })
+    }
+}
+
 impl Baseline {
-    /// Measures the rounding of `weight` `(out_features, in_features)`; `None` if it cannot be rounded, which the quantiser
-    /// will say better.
-    pub(super) fn new(weight: ArrayView2<'_, f32>, hessian: &Hessian, settings: &GptqConfig) -> Option<Self> {
-        let rows = weight.nrows();
-        let sample: Vec<usize> = (0..rows.min(ROWS)).map(|k| k * rows / rows.min(ROWS)).collect();
-        let weight = weight.select(Axis(0), &sample);
-        let error = &weight - &rtn(weight.view(), settings).ok()?.dequantize();
-        let diagonal = hessian.matrix().diag().mapv(|d| if d == 0.0 { 1.0 } else { d });
-        let dead: Vec<bool> = hessian.matrix().diag().iter().map(|&d| d == 0.0).collect();
-        let chunks: Vec<_> = error.axis_chunks_iter(Axis(0), CHUNK).collect();
-        let undamped: Vec<f64> =
-            chunks.into_par_iter().map(|chunk| hessian.output_error(chunk).ok()).collect::<Option<_>>()?;
-        let square = |error: &Array2<f32>| -> f64 {
-            let row = |row: ndarray::ArrayView1<'_, f32>| -> f64 {
-                row.iter()
-                    .zip(&dead)
-                    .filter(|(_, dead)| !**dead)
-                    .map(|(&e, _)| f64::from(e) * f64::from(e))
-                    .sum()
-            };
-            error.rows().into_iter().map(row).sum()
+    /// Weighs an error by second moments on a device.
+    pub(super) fn new<D: gptq_kernels::Device, Q: Quantizer<D>>(
+        rounding: &Rounding,
+        quantizer: &Q,
+        moments: &Q::Moments,
+    ) -> Result<Self, QuantizeError> {
+        let Rounding { error, share } = rounding;
+        let diagonal = quantizer.diagonal(moments);
+        let square = |row: ndarray::ArrayView1<'_, f32>| -> f64 {
+            let alive = row.iter().zip(&diagonal).filter(|(_, d)| **d != 0.0);
+            alive.map(|(&e, _)| f64::from(e) * f64::from(e)).sum()
         };
-        let share = rows as f64 / sample.len() as f64;
-        Some(Self {
-            undamped: share * undamped.iter().sum::<f64>(),
-            square: share * square(&error),
-            mean_diagonal: diagonal.mean().unwrap_or(0.0),
+        let sum: f64 = diagonal.iter().map(|&d| if d == 0.0 { 1.0 } else { d }).sum();
+        Ok(Self {
+            undamped: share * quantizer.output_error(moments, error.view())?,
+            square: share * error.rows().into_iter().map(square).sum::<f64>(),
+            mean_diagonal: sum / diagonal.len() as f64,
         })
     }
 
@@ -63,6 +73,7 @@ impl Baseline {
 #[cfg(test)]
 mod tests {
     use gptq_core::{Gptq, HessianAccumulator};
+    use gptq_kernels::cpu::CpuQuantizer;
 
     use super::*;
 
@@ -78,7 +89,9 @@ mod tests {
         let hessian = sums.finish().unwrap();
         let weight = Array2::from_shape_fn((8, 16), |(o, i)| ((o * 13 + i * 7) % 17) as f32 / 5.0 - 1.5);
         let settings = GptqConfig::builder().group_size(Some(8)).build().unwrap();
-        let baseline = Baseline::new(weight.view(), &hessian, &settings).unwrap();
+        let rounding = Rounding::new(weight.view(), 8, &settings).unwrap();
+        let quantizer = CpuQuantizer::new(settings.clone());
+        let baseline = Baseline::new(&rounding, &quantizer, &hessian).unwrap();
         let report = Gptq::new(settings).quantize(weight.view(), hessian).unwrap().report;
         let (loss, rounding) = (report.loss.unwrap(), baseline.loss(&report).unwrap());
         // GPTQ's losses are sums of float32 squares, a part in 10^5 at most for 128 of them.

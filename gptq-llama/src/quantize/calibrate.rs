@@ -1,7 +1,8 @@
 use std::path::PathBuf;
 
-use gptq_kernels::{Backend, KernelError, KvShape, SequencePlan, StepPlan, Workspace};
-use ndarray::Array2;
+use gptq_kernels::{
+    KernelError, KvShape, MatRef, SequencePlan, StepPlan, Workspace, quantize::QuantizeBackend,
+};
 
 use super::{
     activations::{Activations, Budget, Shares},
@@ -15,7 +16,7 @@ use crate::{
 };
 
 /// Takes calibration rows through a decoder layer, stage by stage.
-pub(super) struct Calibration<'a, D: Backend> {
+pub(super) struct Calibration<'a, D: QuantizeBackend> {
     device: &'a D,
     config: &'a LlamaConfig,
     source: &'a dyn WeightSource,
@@ -32,6 +33,8 @@ pub(super) struct Calibration<'a, D: Backend> {
     pages: Vec<u32>,
     step: D::Step,
     norm: D::Buffer,
+    /// Another, for the inputs of the quantised model while `norm` has those of the other one; empty until then.
+    spare: D::Buffer,
     qkv: D::Buffer,
     gate_up: D::Buffer,
     delta: D::Buffer,
@@ -39,12 +42,34 @@ pub(super) struct Calibration<'a, D: Backend> {
 }
 
 /// The residual stream of all rows, and what a stage has computed for the next one.
-pub(super) struct Stream<D: Backend> {
+pub(super) struct Stream<D: QuantizeBackend> {
     hidden: Activations<D>,
     kept: Activations<D>,
 }
 
-impl<'a, D: Backend> Calibration<'a, D> {
+impl<D: QuantizeBackend> Stream<D> {
+    /// Moves rows to the host; whether there were any.
+    pub(super) fn make_room(&mut self, device: &D) -> Result<bool, LlamaError> {
+        Ok(self.kept.evict(device)? > 0 || self.hidden.evict(device)? > 0)
+    }
+
+    /// A buffer on the device for a row of `kept`, which other rows leave for it if they must.
+    fn alloc(&mut self, device: &D, len: usize) -> Result<D::Buffer, LlamaError> {
+        loop {
+            match device.alloc(len) {
+                Err(KernelError::OutOfGpuMemory { .. }) if self.make_room(device)? => {}
+                result => return Ok(result?),
+            }
+        }
+    }
+
+    /// Rows of the residual stream and of the other activation on the device, and in the host's memory if that is another.
+    pub(super) fn places(&self) -> [(usize, usize); 2] {
+        [self.hidden.places(), self.kept.places()]
+    }
+}
+
+impl<'a, D: QuantizeBackend> Calibration<'a, D> {
     pub(super) fn new(
         device: &'a D,
         config: &'a LlamaConfig,
@@ -65,7 +90,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
             source,
             rows,
             keep_inner: budget.spill.is_some()
-                || rows.tokens().saturating_mul(inner).saturating_mul(size_of::<f32>()) <= budget.bytes,
+                || budget.bytes_of(rows, inner) <= budget.bytes.saturating_add(budget.device.unwrap_or(0)),
             shares: budget.divide(rows, streams, hidden, inner.max(config.q_features())),
             spill: budget.spill.clone(),
             rope: device.rope(&cos, &sin, config.head_dim)?,
@@ -73,15 +98,12 @@ impl<'a, D: Backend> Calibration<'a, D> {
             pages: (0..pages as u32).collect(),
             step: device.new_step()?,
             norm: alloc(hidden)?,
+            spare: device.alloc(0)?,
             qkv: alloc(config.q_features() + 2 * config.kv_features())?,
             gate_up: alloc(2 * inner)?,
             delta: alloc(hidden)?,
             workspace: Workspace::new(device, 0)?,
         })
-    }
-
-    pub(super) fn device(&self) -> &'a D {
-        self.device
     }
 
     pub(super) fn rows(&self) -> usize {
@@ -104,7 +126,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let mut stream = self.empty()?;
         for row in 0..self.rows() {
             let tokens = self.set_step(row)?;
-            let mut buffer = self.device.alloc(tokens * hidden)?;
+            let mut buffer = stream.hidden.alloc(self.device, tokens * hidden)?;
             self.device.embed(&table, &self.step, mat_mut(&mut buffer, tokens, hidden)?)?;
             stream.hidden.put(self.device, row, buffer)?;
         }
@@ -128,55 +150,105 @@ impl<'a, D: Backend> Calibration<'a, D> {
         for (row, tokens) in self.rows.rows().iter().enumerate() {
             let buffer = stream.hidden.take(self.device, row)?;
             // Adding to zeros copies exactly; a device need not have another way.
-            let mut copy = self.device.alloc(tokens.len() * hidden)?;
             let tokens = tokens.len();
+            let mut copy = copies.hidden.alloc(self.device, tokens * hidden)?;
             self.device.add(mat(&buffer, tokens, hidden)?, mat_mut(&mut copy, tokens, hidden)?)?;
-            stream.hidden.put_unchanged(row, buffer);
+            stream.hidden.put_unchanged(self.device, row, buffer)?;
             copies.hidden.put(self.device, row, copy)?;
         }
         Ok(copies)
     }
 
-    /// Takes a row to the entry of `stage` and returns that stage's inputs, `(tokens, in_features)`.
+    /// Takes a row to the entry of `stage`, and the row of the unquantised model if there is one, and lends both stages'
+    /// inputs, `(tokens, in_features)`.
     pub(super) fn inputs(
         &mut self,
         stage: Stage,
-        decoder: &Decoder<D>,
+        (decoder, stream): (&Decoder<D>, &mut Stream<D>),
+        reference: Option<(&Decoder<D>, &mut Stream<D>)>,
+        row: usize,
+        work: impl FnOnce(MatRef<'_, D>, Option<MatRef<'_, D>>) -> Result<(), LlamaError>,
+    ) -> Result<(), LlamaError> {
+        self.advance(stage, decoder, stream, row)?;
+        let kept = self.take_kept(stage, stream, row)?;
+        let Some((decoder, other)) = reference else {
+            let inputs = self.matrix(stage, kept.as_ref().unwrap_or(&self.norm), row)?;
+            work(inputs, None)?;
+            return self.put_kept(stage, stream, row, kept);
+        };
+        self.swap_norms()?;
+        self.advance(stage, decoder, other, row)?;
+        let other_kept = self.take_kept(stage, other, row)?;
+        let inputs = self.matrix(stage, kept.as_ref().unwrap_or(&self.spare), row)?;
+        let others = self.matrix(stage, other_kept.as_ref().unwrap_or(&self.norm), row)?;
+        work(inputs, Some(others))?;
+        self.put_kept(stage, stream, row, kept)?;
+        self.put_kept(stage, other, row, other_kept)
+    }
+
+    /// The inputs of a stage that [`advance`](Self::advance) has left among the activations; those of others are in `norm`.
+    fn take_kept(
+        &self,
+        stage: Stage,
         stream: &mut Stream<D>,
         row: usize,
-    ) -> Result<Array2<f32>, LlamaError> {
-        self.advance(stage, decoder, stream, row)?;
-        let tokens = self.rows.rows()[row].len();
-        let features = stage.modules()[0].shape(self.config).0;
+    ) -> Result<Option<D::Buffer>, LlamaError> {
         match stage {
-            Stage::Qkv | Stage::GateUp => self.download(&self.norm, tokens, features),
-            Stage::O | Stage::Down => {
-                let kept = stream.kept.take(self.device, row)?;
-                let inputs = self.download(&kept, tokens, features)?;
-                if stage == Stage::O || self.keep_inner {
-                    stream.kept.put_unchanged(row, kept);
-                }
-                Ok(inputs)
-            }
+            Stage::Qkv | Stage::GateUp => Ok(None),
+            Stage::O | Stage::Down => stream.kept.take(self.device, row).map(Some),
         }
     }
 
-    fn download(&self, buffer: &D::Buffer, rows: usize, cols: usize) -> Result<Array2<f32>, LlamaError> {
-        let mut array = Array2::zeros((rows, cols));
-        let flat = array.as_slice_mut().expect("invariant: a new array is contiguous");
-        self.device.download(D::slice(buffer, 0..rows * cols), flat)?;
-        Ok(array)
+    fn put_kept(
+        &self,
+        stage: Stage,
+        stream: &mut Stream<D>,
+        row: usize,
+        kept: Option<D::Buffer>,
+    ) -> Result<(), LlamaError> {
+        match kept {
+            Some(kept) if stage == Stage::O || self.keep_inner => {
+                stream.kept.put_unchanged(self.device, row, kept)
+            }
+            _ => Ok(()),
+        }
     }
 
-    /// A row of the residual stream behind a norm, `(tokens, hidden_size)`.
+    fn matrix<'b>(
+        &self,
+        stage: Stage,
+        buffer: &'b D::Buffer,
+        row: usize,
+    ) -> Result<MatRef<'b, D>, LlamaError> {
+        let features = stage.modules()[0].shape(self.config).0;
+        Ok(mat(buffer, self.rows.rows()[row].len(), features)?)
+    }
+
+    fn swap_norms(&mut self) -> Result<(), LlamaError> {
+        if D::buffer_len(&self.spare) == 0 {
+            self.spare = self.device.alloc(D::buffer_len(&self.norm))?;
+        }
+        std::mem::swap(&mut self.norm, &mut self.spare);
+        Ok(())
+    }
+
+    /// Lends a row of the residual stream behind a norm, `(tokens, hidden_size)`, and of the unquantised model's.
     pub(super) fn normalized(
         &mut self,
         weight: &D::Buffer,
         stream: &mut Stream<D>,
+        reference: Option<&mut Stream<D>>,
         row: usize,
-    ) -> Result<Array2<f32>, LlamaError> {
+        work: impl FnOnce(MatRef<'_, D>, Option<MatRef<'_, D>>) -> Result<(), LlamaError>,
+    ) -> Result<(), LlamaError> {
+        let (tokens, hidden) = (self.rows.rows()[row].len(), self.config.hidden_size);
         self.norm(weight, stream, row)?;
-        self.download(&self.norm, self.rows.rows()[row].len(), self.config.hidden_size)
+        let Some(reference) = reference else {
+            return work(mat(&self.norm, tokens, hidden)?, None);
+        };
+        self.swap_norms()?;
+        self.norm(weight, reference, row)?;
+        work(mat(&self.spare, tokens, hidden)?, Some(mat(&self.norm, tokens, hidden)?))
     }
 
     /// [`advance`](Self::advance) where nobody wants to see the inputs of `stage`.
@@ -236,8 +308,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let buffer = stream.hidden.take(self.device, row)?;
         let y = mat_mut(&mut self.norm, tokens, hidden)?;
         self.device.rms_norm(mat(&buffer, tokens, hidden)?, weight, self.config.rms_norm_eps, y)?;
-        stream.hidden.put_unchanged(row, buffer);
-        Ok(())
+        stream.hidden.put_unchanged(self.device, row, buffer)
     }
 
     /// `kept = attention(q, k, v of norm(hidden))`
@@ -249,7 +320,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let features = shape.qkv_features();
         let qkv = mat_mut(&mut self.qkv, tokens, features)?;
         device.rope_append(0, shape, &self.step, &self.rope, qkv, &mut self.store)?;
-        let mut out = device.alloc(tokens * shape.out_features())?;
+        let mut out = stream.alloc(device, tokens * shape.out_features())?;
         self.workspace.reserve(device, device.attention_workspace_len(&self.step, shape))?;
         let qkv = mat(&self.qkv, tokens, features)?;
         let y = mat_mut(&mut out, tokens, shape.out_features())?;
@@ -268,7 +339,7 @@ impl<'a, D: Backend> Calibration<'a, D> {
         let (tokens, inner) = (self.rows.rows()[row].len(), self.config.intermediate_size);
         self.run(Stage::GateUp, decoder, tokens)?;
         let x = mat(&self.gate_up, tokens, 2 * inner)?;
-        let mut out = self.device.alloc(tokens * inner)?;
+        let mut out = stream.alloc(self.device, tokens * inner)?;
         self.device.silu_mul(x, mat_mut(&mut out, tokens, inner)?)?;
         stream.kept.put(self.device, row, out)
     }

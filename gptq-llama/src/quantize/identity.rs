@@ -1,7 +1,7 @@
 //! What a run is: two runs of the same identity write the same bytes.
 
 use gptq_core::GptqConfig;
-use gptq_kernels::Backend;
+use gptq_kernels::quantize::QuantizeBackend;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -13,20 +13,29 @@ use crate::{Layer, LlamaConfig, LlamaError, TokenRows, WeightSource, names, weig
 pub(crate) struct Identity(Vec<(String, String)>);
 
 impl Identity {
-    pub(crate) fn new<D: Backend>(
+    pub(crate) fn new<D: QuantizeBackend>(
         config: &LlamaConfig,
         source: &dyn WeightSource,
         device: &D,
         rows: Option<&TokenRows>,
         options: &QuantizeOptions,
     ) -> Result<Self, LlamaError> {
-        let QuantizeOptions { gptq, true_sequential, dynamic, lm_head, activation_bytes: _ } = options;
+        // Where activations are kept changes nothing.
+        let QuantizeOptions {
+            gptq,
+            true_sequential,
+            dynamic,
+            lm_head,
+            activation_bytes: _,
+            device_activation_bytes: _,
+        } = options;
         let method = if rows.is_some() { QuantizeMethod::Gptq } else { QuantizeMethod::RoundToNearest };
         let kernels: Vec<String> = device.kernels().iter().map(|kernel| kernel.name().to_owned()).collect();
         let mut parts = vec![
             ("version", env!("CARGO_PKG_VERSION").to_owned()),
             // Other kernels round in another way.
             ("kernels", kernels.join(" ")),
+            ("arithmetic", device.arithmetic()),
             ("model", model(config, source)?),
             ("calibration", rows.map_or_else(|| "none".to_owned(), calibration)),
             ("method", method.name().to_owned()),

@@ -1,19 +1,30 @@
 //! From a folder to a folder, and on from where another run has ended.
 
-use std::{fs, io::ErrorKind, path::Path, sync::mpsc::sync_channel, thread};
+use std::{
+    collections::{HashMap, VecDeque},
+    fs,
+    io::ErrorKind,
+    path::Path,
+    sync::mpsc::sync_channel,
+    thread,
+    time::Instant,
+};
 
-use gptq_format::{Checkpoint, WriteSummary};
-use gptq_kernels::Backend;
+use gptq_format::{Checkpoint, PackedLinear, WriteSummary};
+use gptq_kernels::quantize::QuantizeBackend;
 
 use super::{
     QuantizeMethod, QuantizeOptions, QuantizeReport,
     identity::Identity,
-    journal::{self, Journal, OutputError},
+    journal::{self, Journal, OutputError, Records},
     plan::Plan,
     round, run,
     store::{Finished, Resumed, Store},
 };
-use crate::{LlamaConfig, LlamaError, ModelWriter, TokenRows, Watch, WeightSource, save::REPORT};
+use crate::{
+    Layer, LlamaConfig, LlamaError, ModelWriter, TokenRows, Watch, WeightSource,
+    save::{LayerWriter, REPORT},
+};
 
 /// Finished layers that wait for the thread that writes them.
 const QUEUE: usize = 2;
@@ -34,9 +45,9 @@ pub enum Existing {
 
 /// Quantises a checkpoint into another folder, layer by layer, so that nothing is lost when it is interrupted.
 ///
-/// Finished layers are written by a thread of their own while the next ones are computed, into `.gptq-journal/` in the
-/// output folder, and synced before they count. The checkpoint is put together from them at the end and put in its place
-/// by one rename. Whatever ends the run before, a signal, a full disk, a power cut, [`Existing::Resume`] goes on from the
+/// Finished layers are written by threads of their own while the next ones are computed: into `.gptq-journal/` in the
+/// output folder, where they are synced before they count, and into the checkpoint, which is put in its place by one rename
+/// at the end. Whatever ends the run before, a signal, a full disk, a power cut, [`Existing::Resume`] goes on from the
 /// last finished layer.
 ///
 /// ```no_run
@@ -57,10 +68,11 @@ pub enum Existing {
 /// # Ok(())
 /// # }
 /// ```
-pub struct QuantizeJob<'a, D: Backend> {
+pub struct QuantizeJob<'a, D: QuantizeBackend> {
     config: &'a LlamaConfig,
     checkpoint: &'a Checkpoint,
-    weights: &'a dyn WeightSource,
+    /// Where weights come from, if not from the checkpoint.
+    weights: Option<&'a dyn WeightSource>,
     device: &'a D,
     options: QuantizeOptions,
     rows: Option<&'a TokenRows>,
@@ -79,7 +91,7 @@ pub struct QuantizeOutcome {
     pub resumed: usize,
 }
 
-impl<'a, D: Backend> QuantizeJob<'a, D> {
+impl<'a, D: QuantizeBackend> QuantizeJob<'a, D> {
     /// Rounds the model to nearest unless [`calibration`](Self::calibration) is called.
     pub fn new(
         config: &'a LlamaConfig,
@@ -87,15 +99,7 @@ impl<'a, D: Backend> QuantizeJob<'a, D> {
         device: &'a D,
         options: QuantizeOptions,
     ) -> Self {
-        Self {
-            config,
-            checkpoint,
-            weights: checkpoint,
-            device,
-            options,
-            rows: None,
-            existing: Existing::Refuse,
-        }
+        Self { config, checkpoint, weights: None, device, options, rows: None, existing: Existing::Refuse }
     }
 
     /// Quantises by GPTQ on these rows.
@@ -108,7 +112,7 @@ impl<'a, D: Backend> QuantizeJob<'a, D> {
     /// which tensors there are and of which types.
     #[must_use]
     pub fn weights(self, weights: &'a dyn WeightSource) -> Self {
-        Self { weights, ..self }
+        Self { weights: Some(weights), ..self }
     }
 
     /// What to do with a folder that is not empty; [`Existing::Refuse`] unless said otherwise.
@@ -131,25 +135,31 @@ impl<'a, D: Backend> QuantizeJob<'a, D> {
         if let Some(rows) = self.rows {
             rows.check_vocabulary(self.config.vocab_size)?;
         }
-        let identity = Identity::new(self.config, self.weights, self.device, self.rows, &self.options)?;
+        let identity = Identity::new(self.config, self.source(), self.device, self.rows, &self.options)?;
         let Some(mut journal) = self.journal(dir, &identity)? else {
             let report = QuantizeReport::empty(plan.skipped().to_vec());
             let resumed = plan.layers(self.config).count();
             return Ok(QuantizeOutcome { report, written: None, resumed });
         };
         let resumed = journal.records().summaries().len();
-        let mut report = self.quantize(&mut journal, watch)?;
-        report.identity = Some(identity);
         let method = if self.rows.is_some() { QuantizeMethod::Gptq } else { QuantizeMethod::RoundToNearest };
-        let mut writer = ModelWriter::create(dir, self.checkpoint, self.config, &self.options, method)?
-            .with_weights(self.weights);
-        for layer in plan.layers(self.config) {
-            let (packed, _) = journal.records().read(layer)?;
-            writer.layer(layer, &packed)?;
+        let writer = ModelWriter::create(dir, self.checkpoint, self.config, &self.options, method)?;
+        let layers = Ordered::new(plan.layers(self.config), journal.records().clone(), writer.into_layers());
+        let (mut report, layers) = self.quantize(&mut journal, layers, watch)?;
+        report.identity = Some(identity);
+        let started = Instant::now();
+        let mut writer = ModelWriter::with_layers(self.checkpoint, layers);
+        if let Some(weights) = self.weights {
+            writer = writer.with_weights(weights);
         }
         let written = writer.finish(&report)?;
         journal.remove()?;
+        report.times.assemble = started.elapsed();
         Ok(QuantizeOutcome { report, written: Some(written), resumed })
+    }
+
+    fn source(&self) -> &'a dyn WeightSource {
+        self.weights.unwrap_or(self.checkpoint)
     }
 
     /// The journal to go on with; `None` if there is nothing left to do.
@@ -191,21 +201,41 @@ impl<'a, D: Backend> QuantizeJob<'a, D> {
         }
     }
 
-    /// Quantises what the journal does not have, and writes it there.
-    fn quantize(&self, journal: &mut Journal, watch: &mut Watch<'_>) -> Result<QuantizeReport, LlamaError> {
+    /// Quantises what the journal does not have, and writes it there and to the checkpoint.
+    fn quantize(
+        &self,
+        journal: &mut Journal,
+        mut layers: Ordered,
+        watch: &mut Watch<'_>,
+    ) -> Result<(QuantizeReport, LayerWriter), LlamaError> {
         let records = journal.records().clone();
         thread::scope(|scope| {
             let (sender, receiver) = sync_channel::<Finished>(QUEUE);
-            let writer =
-                scope.spawn(move || receiver.iter().try_for_each(|finished| journal.append(&finished)));
+            let (recorded, rest) = sync_channel::<Finished>(QUEUE);
+            let recorder = scope.spawn(move || -> Result<(), LlamaError> {
+                for finished in receiver {
+                    journal.append(&finished)?;
+                    if recorded.send(finished).is_err() {
+                        // The thread behind has failed, and its error says why.
+                        break;
+                    }
+                }
+                Ok(())
+            });
+            let writer = scope.spawn(move || -> Result<Ordered, LlamaError> {
+                layers.write_ready()?;
+                for finished in rest {
+                    layers.add(finished)?;
+                }
+                Ok(layers)
+            });
             let mut store = Resumed { before: records.summaries(), records, writer: sender };
             let result = self.quantize_into(&mut store, watch);
             drop(store);
-            match writer.join() {
-                Ok(Ok(())) => result,
-                Ok(Err(error)) => Err(error),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
+            let recorder = recorder.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let layers = writer.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            recorder?;
+            Ok((result?, layers.writer))
         })
     }
 
@@ -216,9 +246,45 @@ impl<'a, D: Backend> QuantizeJob<'a, D> {
     ) -> Result<QuantizeReport, LlamaError> {
         match self.rows {
             Some(rows) => {
-                run::quantize(self.config, self.weights, self.device, rows, &self.options, watch, store)
+                run::quantize(self.config, self.source(), self.device, rows, &self.options, watch, store)
             }
-            None => round::round_to_nearest(self.config, self.weights, &self.options, watch, store),
+            None => round::round_to_nearest(self.config, self.source(), &self.options, watch, store),
         }
+    }
+}
+
+/// Writes finished layers in the order of the forward pass, whatever the order in which they come: a resumed run has some
+/// already, and must write the same bytes.
+struct Ordered {
+    /// Not yet written.
+    order: VecDeque<Layer>,
+    early: HashMap<Layer, PackedLinear>,
+    /// Of the run before.
+    records: Records,
+    writer: LayerWriter,
+}
+
+impl Ordered {
+    fn new(order: impl Iterator<Item = Layer>, records: Records, writer: LayerWriter) -> Self {
+        Self { order: order.collect(), early: HashMap::new(), records, writer }
+    }
+
+    fn add(&mut self, finished: Finished) -> Result<(), LlamaError> {
+        self.early.insert(finished.summary.layer, finished.packed);
+        self.write_ready()
+    }
+
+    /// Writes as many as are there without a gap.
+    fn write_ready(&mut self) -> Result<(), LlamaError> {
+        while let Some(&layer) = self.order.front() {
+            let packed = match self.early.remove(&layer) {
+                Some(packed) => packed,
+                None if self.records.has(layer) => self.records.read(layer)?.0,
+                None => break,
+            };
+            self.writer.layer(layer, &packed)?;
+            self.order.pop_front();
+        }
+        Ok(())
     }
 }

@@ -247,6 +247,10 @@ impl Records {
         self.entries.iter().map(|(&layer, entry)| (layer, entry.summary())).collect()
     }
 
+    pub(super) fn has(&self, layer: Layer) -> bool {
+        self.entries.contains_key(&layer)
+    }
+
     /// A finished layer and its scales, `(out_features, groups)`.
     ///
     /// Errors: [`OutputError::Damaged`] if it is not there any more.

@@ -1,4 +1,4 @@
-use gptq_kernels::{AttentionShape, Backend};
+use gptq_kernels::{AttentionShape, quantize::QuantizeBackend};
 
 use crate::{
     Layer, LlamaConfig, LlamaError, Module, WeightSource,
@@ -40,14 +40,14 @@ impl Stage {
 }
 
 /// A decoder layer whose linear layers come one stage after the other.
-pub(super) struct Decoder<D: Backend> {
+pub(super) struct Decoder<D: QuantizeBackend> {
     pub(super) attention: AttentionShape,
     pub(super) input_norm: D::Buffer,
     pub(super) post_norm: D::Buffer,
     stages: [Option<Projections<D>>; 4],
 }
 
-impl<D: Backend> Decoder<D> {
+impl<D: QuantizeBackend> Decoder<D> {
     /// The norms of a layer.
     pub(super) fn load(
         device: &D,

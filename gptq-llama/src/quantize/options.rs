@@ -15,6 +15,9 @@ pub struct QuantizeOptions {
     /// [`quantize`](crate::quantize()) has no folder: it keeps the residual stream in memory and computes MLP activations
     /// twice if they do not fit.
     pub activation_bytes: usize,
+    /// Bytes of activations in the memory of a device that has its own; `None` for what is free beside the work on a layer.
+    /// What does not fit is kept in the host's memory, as far as [`activation_bytes`](Self::activation_bytes) reaches.
+    pub device_activation_bytes: Option<usize>,
     /// Settings of single layers by name, such as `model.layers.0.mlp.down_proj` and `lm_head`; the first rule that
     /// matches decides. A rule overrides `bits`, `group_size`, `sym`, `desc_act`, `static_groups`, `act_group_aware`,
     /// `mse`, `damp_percent`, `damp_auto_increment` and `gptaq` (its strength), or says that a layer stays as it is.
@@ -31,6 +34,7 @@ impl Default for QuantizeOptions {
             gptq: GptqConfig::default(),
             true_sequential: true,
             activation_bytes: 4 << 30,
+            device_activation_bytes: None,
             dynamic: DynamicRules::default(),
             lm_head: false,
         }
@@ -62,6 +66,13 @@ impl QuantizeOptions {
     #[must_use]
     pub fn with_activation_bytes(mut self, bytes: usize) -> Self {
         self.activation_bytes = bytes;
+        self
+    }
+
+    /// Sets [`device_activation_bytes`](Self::device_activation_bytes).
+    #[must_use]
+    pub fn with_device_activation_bytes(mut self, bytes: Option<usize>) -> Self {
+        self.device_activation_bytes = bytes;
         self
     }
 

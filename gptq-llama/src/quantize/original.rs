@@ -1,12 +1,13 @@
-use std::{borrow::Cow, num::NonZeroUsize};
+use std::num::NonZeroUsize;
 
 use gptq_core::{GptqConfig, QuantizedWeight};
 use gptq_format::{Bits, CodesRef, PackedLinear};
+use gptq_kernels::{DenseData, DenseWeight};
 use ndarray::Array2;
 
 use crate::{
     LlamaError, WeightSource,
-    weights::{LinearName, LinearWeight, Tensor, TensorData, read_linear},
+    weights::{LinearName, LinearWeight, Tensor, read_linear},
 };
 
 /// A layer before it is quantised.
@@ -58,17 +59,31 @@ impl<'a> Original<'a> {
         .map_err(|source| LlamaError::Pack { tensor: self.name.module.clone(), source })
     }
 
-    /// The layer as it is, in float32.
-    pub(super) fn unchanged(self) -> (LinearName, LinearWeight<'static>) {
-        let weight = self.weight();
-        self.with_weight(weight)
+    /// The weight as it is stored.
+    pub(super) fn dense(&self) -> DenseWeight<'_> {
+        self.weight.as_dense(None)
     }
 
-    /// The layer with `weight` in place of its own.
-    pub(super) fn with_weight(self, weight: Array2<f32>) -> (LinearName, LinearWeight<'static>) {
-        let shape = weight.shape().to_vec();
-        let (data, _) = weight.into_raw_vec_and_offset();
-        let tensor = Tensor { shape, data: TensorData::F32(Cow::Owned(data)) };
-        (self.name, LinearWeight::Dense { tensor, bias: self.bias })
+    pub(super) fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+
+    pub(super) fn name(&self) -> &LinearName {
+        &self.name
+    }
+
+    /// Some rows of the weight, `(rows.len(), in_features)`.
+    pub(super) fn rows(&self, rows: &[usize]) -> Array2<f32> {
+        let columns = self.name.in_features;
+        let floats = |row: usize| -> Vec<f32> {
+            let range = row * columns..(row + 1) * columns;
+            match self.dense().data {
+                DenseData::F32(data) => data[range].to_vec(),
+                DenseData::F16(data) => data[range].iter().map(|x| x.to_f32()).collect(),
+                DenseData::Bf16(data) => data[range].iter().map(|x| x.to_f32()).collect(),
+            }
+        };
+        Array2::from_shape_vec((rows.len(), columns), rows.iter().flat_map(|&row| floats(row)).collect())
+            .expect("invariant: rows have as many elements as there are columns")
     }
 }

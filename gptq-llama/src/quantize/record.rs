@@ -31,10 +31,17 @@ pub(super) fn encode(packed: &PackedLinear, scales: &Array2<f32>) -> Vec<u8> {
         bias: packed.bias().is_some(),
     };
     let head = serde_json::json!(head).to_string();
-    let mut bytes = (head.len() as u64).to_le_bytes().to_vec();
+    let parts = [packed.qweight(), packed.qzeros(), packed.g_idx()];
+    let words: usize = parts.iter().map(|words| words.len()).sum::<usize>() + scales.len();
+    let mut bytes = Vec::with_capacity(head.len() + 4 * words + 2 * packed.out_features() + 8);
+    bytes.extend((head.len() as u64).to_le_bytes());
     bytes.extend(head.as_bytes());
-    for words in [packed.qweight(), packed.qzeros(), packed.g_idx()] {
-        bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    for words in parts {
+        if cfg!(target_endian = "little") {
+            bytes.extend_from_slice(bytemuck::cast_slice(words));
+        } else {
+            bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+        }
     }
     bytes.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
     bytes.extend(packed.bias().unwrap_or_default().iter().flat_map(|x| x.to_le_bytes()));

@@ -21,7 +21,61 @@ pub struct QuantizeReport {
     /// The most memory that the process took, as far as it was looked at: bytes that no file backs. `None` where the
     /// system does not tell.
     pub peak_memory: Option<u64>,
+    /// Where the time went.
+    pub times: RunTimes,
+    /// What a device calculates with, where it is not the CPU.
+    pub device: Option<String>,
+    /// Bytes of a device's own memory that were taken at the end, by whomever. What is freed meanwhile stays with the process,
+    /// so that this is the most that was taken.
+    pub device_memory: Option<u64>,
+    /// Rows of the residual stream, then of the other activation: how many were on the device at the end, and how many in
+    /// the host's memory because the device had no room. The others were in a file.
+    pub(super) places: Option<[(usize, usize); 2]>,
     pub(super) identity: Option<Identity>,
+}
+
+/// Where the wall-clock time of a run went. What the thread that writes finished layers does meanwhile is not in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RunTimes {
+    /// Before the first layer: quantisers, embedding.
+    pub setup: Duration,
+    /// Bringing weights that stay as they are, and those of a run that is resumed, to the device.
+    pub read: Duration,
+    /// The forward pass up to the inputs of layers, and their second moments.
+    pub calibrate: Duration,
+    /// What rounding to nearest would have lost.
+    pub baseline: Duration,
+    /// Ordering, damping and factorising.
+    pub factorize: Duration,
+    /// Reading weights, choosing their codes, and what the codes stand for.
+    pub solve: Duration,
+    /// Packing, and the way to the host.
+    pub pack: Duration,
+    /// Waiting for finished layers to be written.
+    pub wait: Duration,
+    /// The forward pass from the inputs of a decoder layer's last linear layer to the next layer.
+    pub advance: Duration,
+    /// Putting the checkpoint together; in a report that is written with it, not yet known.
+    pub assemble: Duration,
+}
+
+impl RunTimes {
+    /// All of them by name.
+    pub fn parts(&self) -> [(&'static str, Duration); 10] {
+        [
+            ("setup", self.setup),
+            ("read", self.read),
+            ("calibrate", self.calibrate),
+            ("baseline", self.baseline),
+            ("factorize", self.factorize),
+            ("solve", self.solve),
+            ("pack", self.pack),
+            ("wait", self.wait),
+            ("advance", self.advance),
+            ("assemble", self.assemble),
+        ]
+    }
 }
 
 /// What came of one linear layer.
@@ -61,7 +115,17 @@ impl LayerSummary {
 
 impl QuantizeReport {
     pub(super) fn empty(skipped: Vec<Layer>) -> Self {
-        Self { layers: Vec::new(), skipped, elapsed: Duration::ZERO, peak_memory: None, identity: None }
+        Self {
+            layers: Vec::new(),
+            skipped,
+            elapsed: Duration::ZERO,
+            peak_memory: None,
+            times: RunTimes::default(),
+            device: None,
+            device_memory: None,
+            places: None,
+            identity: None,
+        }
     }
 
     /// Takes the times and puts layers in order.
@@ -101,6 +165,15 @@ impl QuantizeReport {
         let total = |part: fn(&LayerSummary) -> Option<f64>| self.layers.iter().filter_map(part).sum::<f64>();
         object.insert("elapsed_seconds".into(), json!(self.elapsed.as_secs_f64()));
         object.insert("peak_memory_bytes".into(), json!(self.peak_memory));
+        object.insert("device".into(), json!(self.device));
+        object.insert("device_memory_bytes".into(), json!(self.device_memory));
+        if let Some([hidden, kept]) = self.places {
+            let places = |(near, far): (usize, usize)| json!({ "device": near, "host": far });
+            let rows = json!({ "residual": places(hidden), "other": places(kept) });
+            object.insert("rows_of_activations".into(), rows);
+        }
+        let seconds = |(name, time): (&'static str, Duration)| (name.to_owned(), json!(time.as_secs_f64()));
+        object.insert("seconds".into(), Value::Object(self.times.parts().map(seconds).into_iter().collect()));
         object.insert("loss".into(), json!(total(|summary| summary.report.loss)));
         object.insert("rtn_loss".into(), json!(total(|summary| summary.rtn_loss)));
         object.insert("skipped".into(), self.skipped.iter().map(|layer| json!(layer.to_string())).collect());

@@ -13,9 +13,15 @@ use gptq_core::{DampReport, DampingFailure, GptqConfig, NotPositiveDefinite, fac
 
 use super::{
     gpu::{Extent, Gpu, Operand},
-    memory::{Memory, Pitched, copy_rows},
+    memory::Memory,
 };
-use crate::{KernelError, cuda::Element};
+use crate::{
+    KernelError,
+    cuda::{
+        Element,
+        copies::{Pitched, copy_rows},
+    },
+};
 
 /// Side of a block that one thread block factorises; as in `quantize_factor.cuh`.
 const LEAF: usize = 64;

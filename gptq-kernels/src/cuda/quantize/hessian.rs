@@ -1,12 +1,20 @@
 //! Second moments of activations that are on the device already.
 
 use gptq_core::GptqError;
+use ndarray::ArrayView2;
 
 use super::{
     gpu::{Extent, Gpu, Operand},
-    memory::{Memory, Pitched, copy_rows},
+    memory::Memory,
 };
-use crate::{KernelError, MatRef, cuda::CudaDevice, cuda::Element, quantize::QuantizeError};
+use crate::{
+    KernelError, MatRef,
+    cuda::{
+        CudaDevice, Element,
+        copies::{Pitched, copy_rows},
+    },
+    quantize::QuantizeError,
+};
 
 /// Tokens of one product.
 const CHUNK: usize = 2048;
@@ -52,12 +60,39 @@ struct Cross<T> {
     low: Memory<T>,
 }
 
-/// The finished moments, (n, n) in float64, rounded to float32 as the references hold them.
-pub(super) struct Moments {
+/// Second moments on a GPU, (n, n) in float64, rounded to float32 as the references hold them.
+pub struct CudaMoments {
     pub(super) matrix: Memory<f64>,
     pub(super) cross: Option<Memory<f64>>,
     pub(super) diagonal: Vec<f64>,
     pub(super) samples: u64,
+}
+
+impl CudaMoments {
+    /// [`Hessian::output_error`](gptq_core::Hessian::output_error): the product with H here, its scalar product with the
+    /// error on the host, in one order.
+    pub(super) fn output_error<T: Element>(
+        &self,
+        gpu: &Gpu<T>,
+        error: ArrayView2<'_, f32>,
+    ) -> Result<f64, QuantizeError> {
+        let (stream, n) = (gpu.stream(), self.diagonal.len());
+        let (rows, found) = error.dim();
+        if found != n {
+            return Err(GptqError::Features { what: "weight error", expected: n, found }.into());
+        }
+        let error: Vec<f64> = error.iter().map(|&e| f64::from(e)).collect();
+        let uploaded = Memory::copy_of(stream, &error)?;
+        let product = Memory::<f64>::zeros(stream, rows * n)?;
+        let operand = |memory: &Memory<f64>| Operand::new(memory.address(), n);
+        // SAFETY: error and product are (rows, n), H is (n, n); all are freed in the stream's order.
+        unsafe {
+            let factors = (1.0, operand(&uploaded), operand(&self.matrix));
+            gpu.multiply_double(Extent { m: rows, n, k: n }, factors, operand(&product))
+        }?;
+        let product = product.to_host(stream)?;
+        Ok(product.iter().zip(&error).map(|(p, e)| p * e).sum::<f64>() / 2.0)
+    }
 }
 
 /// `AddSpanArgs`.
@@ -294,7 +329,7 @@ impl<T: Element> CudaSums<T> {
         Ok(())
     }
 
-    pub(super) fn finish(mut self, gpu: &Gpu<T>) -> Result<Moments, QuantizeError> {
+    pub(super) fn finish(mut self, gpu: &Gpu<T>) -> Result<CudaMoments, QuantizeError> {
         if self.tokens == 0 || self.in_features == 0 {
             return Err(GptqError::NoSamples.into());
         }
@@ -308,6 +343,6 @@ impl<T: Element> CudaSums<T> {
             Some(cross) => Some(cross.moment.finish(gpu, (n, scale, false))?.0),
             None => None,
         };
-        Ok(Moments { matrix, cross, diagonal, samples: self.tokens })
+        Ok(CudaMoments { matrix, cross, diagonal, samples: self.tokens })
     }
 }

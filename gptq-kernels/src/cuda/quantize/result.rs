@@ -67,6 +67,13 @@ impl CudaQuantized {
         self.shared.g_idx.len()
     }
 
+    /// (rows, groups)
+    pub(super) fn scales(&self) -> Array2<f32> {
+        let groups = self.host_scales.len() / self.rows;
+        Array2::from_shape_vec((self.rows, groups), self.host_scales.clone())
+            .expect("invariant: allocated with this many elements")
+    }
+
     pub(super) fn download<T: Element>(&self, gpu: &Gpu<T>) -> Result<QuantizedWeight, QuantizeError> {
         let (rows, n) = (self.rows, self.n());
         let groups = self.host_scales.len() / rows;
@@ -74,7 +81,7 @@ impl CudaQuantized {
         let stream = gpu.stream();
         Ok(QuantizedWeight {
             codes: Array2::from_shape_vec((rows, n), self.codes.to_host(stream)?).expect(shaped),
-            scales: Array2::from_shape_vec((rows, groups), self.host_scales.clone()).expect(shaped),
+            scales: self.scales(),
             zeros: Array2::from_shape_vec((rows, groups), self.zeros.to_host(stream)?).expect(shaped),
             g_idx: self.shared.g_idx.clone(),
             report: self.report.clone(),
