@@ -1,5 +1,7 @@
 // y = epilogue(x W^T + bias) for 4-bit weights and more than eight rows of x, on Hopper.
 //
+// This is for up to some hundred rows; more are for `wgmma_many.cuh`.
+//
 // The weight is the matrix of units of `unit.cuh`. A block has WARPGROUPS warpgroups, each of which takes HALVES x 64 output
 // features as the rows of `wgmma`, and N tokens as its columns; the blocks of a cluster take slices of the input features.
 // Blocks walk over (feature tile, token tile) pairs.
@@ -13,34 +15,7 @@
 //
 // No float atomics, and no order of addition that depends on timing, on the number of blocks or on other rows: results
 // repeat to the bit, and row r of y depends on row r of x and on the number of slices alone.
-#include "unit.cuh"
-#include "wgmma.cuh"
-
-// Apart from the tensor map of x, (rows, k) in boxes of N x 64, swizzled by 128 bytes: its address is taken, and what lies in
-// one structure with it would be read by generic loads.
-struct WgmmaArgs {
-    const u8* units;  // (ceil(n / 32), k_units) units
-    u16* y;           // (rows, columns), y_stride apart
-    const u16* bias;  // (n), fp16, in the order of the units, or null
-    u32 rows, n;
-    u32 k_units;
-    u32 y_stride;
-    u32 columns;      // n, or half of the features without padding for SILU_MUL
-    u32 epilogue;     // STORE, ADD or SILU_MUL
-    u32 token_tiles;
-    u32 stages;       // of the ring
-    u32 y_pairs;      // y and its rows are aligned to two halves
-};
-
-constexpr u32 ADD = 1, SILU_MUL = 2;
-
-// g / (1 + exp(-g)), within a few units of float32.
-DEVICE float silu(float gate) {
-    float power, out;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(gate * -1.4426950408889634f));
-    asm("div.full.f32 %0, %1, %2;" : "=f"(out) : "f"(gate), "f"(1.0f + power));
-    return out;
-}
+#include "wgmma_many.cuh"
 
 // Pieces of a result: 16 features of the units from `feature` on, 8 tokens from `token` on. Lane l = 4 r + t has features r
 // and r + 8, tokens 2 t and 2 t + 1: `v` is (r, 2 t), (r, 2 t + 1), (r + 8, 2 t), (r + 8, 2 t + 1). Several at a time, so that
@@ -139,12 +114,12 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
     if (threadIdx.x == CONSUMERS * 32) {
         for (u32 i = 0; i < args.stages; ++i) {
             mbarrier_init(barriers + i * 16, 1);
-            mbarrier_init(barriers + i * 16 + 8, CONSUMERS);
+            mbarrier_init(barriers + i * 16 + 8, CONSUMERS * 32);
         }
         fence_mbarrier_init();
     }
     __syncthreads();
-    if (slices > 1) cluster_arrive();
+    if (slices > 1) cluster_arrive_relaxed();
     launch_dependents();
 
     if (warp >= CONSUMERS) {
@@ -249,10 +224,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
                 wgmma_commit();
                 wgmma_wait<1>();
                 // Late, so that the tensor core has work meanwhile.
-                if (b == 0 && i > 0) {
-                    __syncwarp();
-                    if (lane == 0) mbarrier_arrive(before);
-                }
+                if (b == 0 && i > 0) mbarrier_arrive(before);
                 if (SUMS == 2 && opens && b > 0) add(acc[(b - 1) / BATCHES], sum[which ^ 1]);
                 if (opens) {
                     const u32 pair = load_shared_4(at + own_scales + h * 2 * UNIT + group % GROUPS * 64);
@@ -270,8 +242,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
             }
         }
 
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(empty);
+        mbarrier_arrive(empty);
         const u32 feature = tile / args.token_tiles * (STRIPES * 32), token = tile % args.token_tiles * N;
         auto piece_feature = [&](u32 of_warp, u32 h) { return feature + (of_warp / 4 * HALVES + h) * 64 + of_warp % 4 * 16; };
         // Pieces at `acc[0]` and on; then the others take their place, which makes a loop of what would be much code.
@@ -355,6 +326,10 @@ DEVICE void order_row(const OrderArgs& args) {
     extern __shared__ __align__(1024) u8 shared_memory[];
     const u32 row = shared_address(shared_memory), step = blockDim.x;
     const u32 share = (args.width / 8 + gridDim.y - 1) / gridDim.y * 8, start = share * blockIdx.y, end = min(start + share, args.width);
+    // Eight columns at a time; the first ones are known before x is.
+    const u32 first = start + threadIdx.x * 8;
+    uint4 columns = {};
+    if (args.gather != nullptr && first < end) columns = *(const uint4*)(args.gather + first);
     launch_dependents();
     wait_for_dependencies();
     const u16* from = args.x + (u64)blockIdx.x * args.x_stride;
@@ -364,9 +339,14 @@ DEVICE void order_row(const OrderArgs& args) {
     wait_for_copies();
     __syncthreads();
     auto pick = [&](u32 column) { return column < args.k ? load_shared_2(row + column * 2) : 0; };
-    for (u32 i = start + threadIdx.x * 2; i < end; i += step * 2) {
-        const u32 columns = args.gather == nullptr ? i | (i + 1) << 16 : *(const u32*)(args.gather + i);
-        *(u32*)(args.ordered + (u64)blockIdx.x * args.width + i) = pick(columns & 0xFFFF) | pick(columns >> 16) << 16;
+    auto pick_2 = [&](u32 pair) { return pick(pair & 0xFFFF) | pick(pair >> 16) << 16; };
+    for (u32 i = first; i < end; i += step * 8) {
+        if (args.gather == nullptr) {
+            const u32 two = i | (i + 1) << 16;
+            columns = {two, two + 0x00020002u, two + 0x00040004u, two + 0x00060006u};
+        } else if (i != first) columns = *(const uint4*)(args.gather + i);
+        const uint4 picked = {pick_2(columns.x), pick_2(columns.y), pick_2(columns.z), pick_2(columns.w)};
+        *(uint4*)(args.ordered + (u64)blockIdx.x * args.width + i) = picked;
     }
 }
 
@@ -385,6 +365,14 @@ WGMMA_LINEAR(32, 2, 1, 288, 2, 1, false, 0, 4)
 WGMMA_LINEAR(64, 3, 1, 416, 1, 1, false, 0, 4)
 WGMMA_LINEAR(64, 2, 2, 384, 1, 2, false, 240, 4)
 WGMMA_LINEAR(128, 2, 1, 384, 1, 1, true, 240, 4)
-WGMMA_LINEAR(128, 3, 1, 512, 1, 1, true, 160, 2)
+// `wgmma_many_<N>_<WARPGROUPS>`
+#define WGMMA_MANY(N, WARPGROUPS, REGISTERS)                                                                            \
+    extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)                                            \
+        wgmma_many_##N##_##WARPGROUPS(const __grid_constant__ TensorMap x, const __grid_constant__ WgmmaArgs args) {    \
+        wgmma_many<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, N, WARPGROUPS, REGISTERS>(x, args);                            \
+    }
+WGMMA_MANY(256, 2, 240)
+WGMMA_MANY(128, 2, 240)
+WGMMA_MANY(128, 3, 160)
 extern "C" __global__ void __launch_bounds__(256) order(const __grid_constant__ OrderArgs args) { order_row(args); }
 #endif

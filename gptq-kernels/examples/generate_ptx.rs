@@ -59,9 +59,7 @@ fn families() -> Vec<Family> {
                 let groups = format!("-DIMAGE_GROUPS={}", 128 / group);
                 let macros = vec![half_macro.clone(), groups, format!("-DIMAGE_ASYM={asym}")];
                 gemv.push((format!("gemv-{half}-g{group}-{zero}"), macros.clone()));
-                if group == 128 {
-                    wgmma.push((format!("wgmma-{half}-g{group}-{zero}"), macros));
-                }
+                wgmma.push((format!("wgmma-{half}-g{group}-{zero}"), macros));
             }
         }
     }

@@ -5,8 +5,8 @@
 //!
 //! | kernel | compute capability | layers |
 //! |---|---|---|
-//! | `cuda-gemv-sm90` | 9.0 | 4-bit, group size at least 32 or one group; fastest up to 8 rows |
-//! | `cuda-wgmma-sm90` | 9.0 exactly | 4-bit, group size at least 128 or one group; any number of rows, fastest from 9 on |
+//! | `cuda-wgmma-sm90` | 9.0 exactly | 4-bit, group size at least 32 or one group; any number of rows, up to 8 through the next |
+//! | `cuda-gemv-sm90` | 9.0 | the same layers; fastest up to 8 rows |
 //! | `cuda-marlin` | 8.0 | up to 8 bits, group size at least 32 or one group; any number of rows, on tensor cores |
 //! | `cuda-exllama` | 8.0 | the same layers, without tensor cores; fast up to 4 rows |
 //! | `cuda-plain` | 8.0 | every packed layer of 2, 3, 4 or 8 bits |
@@ -89,15 +89,14 @@ type Kernels<T> = Vec<Box<dyn LinearKernel<CudaDevice<T>>>>;
 
 fn probe<T: Element>(device: &CudaDevice<T>) -> (Kernels<T>, Vec<(&'static str, Unsupported)>) {
     let (mut kernels, mut missing): (Kernels<T>, _) = (Vec::new(), Vec::new());
-    match Gemv::new(device) {
-        Ok(kernel) => kernels.push(Box::new(kernel)),
-        Err(reason) => missing.push((gemv::NAME, reason)),
-    }
-    // Behind the GEMV, although faster from nine rows on: racecheck's report on it has not been settled, and it has more than
-    // one row class.
+    // Up to eight rows are the GEMV's either way.
     match Wgmma::new(device) {
         Ok(kernel) => kernels.push(Box::new(kernel)),
         Err(reason) => missing.push((wgmma::NAME, reason)),
+    }
+    match Gemv::new(device) {
+        Ok(kernel) => kernels.push(Box::new(kernel)),
+        Err(reason) => missing.push((gemv::NAME, reason)),
     }
     match Marlin::new(device) {
         Ok(kernel) => kernels.push(Box::new(kernel)),

@@ -82,6 +82,32 @@ fn a_small_battery() {
     }
 }
 
+/// Kernels may do hundreds of rows in another way than some: a part of the battery with so many.
+#[test]
+fn many_rows_pass_the_battery() {
+    fn run<T: Element>() {
+        let Some(device) = gpu::<T>() else { return };
+        let packed = |case: &Case| {
+            matches!(case.weight, conformance::CaseWeight::Packed { bits: Bits::B4 | Bits::B8, .. })
+        };
+        let cases: Vec<Case> = Case::all().into_iter().filter(packed).collect();
+        let fused = |case: &Case| case.epilogue != Epilogue::Store;
+        let some = cases
+            .iter()
+            .filter(|case| !fused(case))
+            .step_by(7)
+            .chain(cases.iter().filter(|case| fused(case)));
+        let cases: Vec<Case> = some.map(|case| Case { rows: 300, ..case.clone() }).collect();
+        for kernel in cuda::kernels(&device) {
+            let report = conformance::run_cases(&device, kernel.as_ref(), &cases);
+            println!("{report}");
+            assert!(report.failures.is_empty(), "{report}");
+        }
+    }
+    run::<f16>();
+    run::<bf16>();
+}
+
 /// What every other GPU gets: the images for compute capability 8.0.
 #[test]
 fn every_generic_image_passes_the_battery() {
@@ -256,8 +282,11 @@ fn long_tall_and_extreme_layers_are_exact_enough() {
         // Scales at the bottom and at the top of fp16.
         rows(Layer { scale: 1e-6, ..Layer::new(512, 64) }, 3, 100.0),
         rows(Layer { scale: 40000.0, ..Layer::new(512, 64) }, 3, 1e-4),
+        rows(Layer { scale: 1e-6, ..Layer::new(512, 64) }, 700, 100.0),
+        rows(Layer { scale: 40000.0, ..Layer::new(512, 64) }, 700, 1e-4),
         // Sums that fp16 cannot hold, of products that it can.
         rows(Layer { scale: 0.5, ..Layer::new(4096, 64) }, 2, 500.0),
+        rows(Layer { scale: 0.5, ..Layer::new(4096, 64) }, 700, 500.0),
         rows(Layer { code: Some(0), ..Layer::new(512, 64) }, 2, 1.0),
         rows(Layer { code: Some(15), ..Layer::new(512, 64) }, 2, 1.0),
     ];
@@ -273,7 +302,7 @@ fn long_tall_and_extreme_layers_are_exact_enough() {
 
 #[test]
 fn a_thousand_runs_are_equal_to_the_bit() {
-    for rows in [1, 8, 16, 60, 150] {
+    for rows in [1, 8, 16, 60, 150, 700] {
         each::<f16>(&Layer::new(4096, 1024), |device, kernel, packed| {
             let mut random = Random(5);
             let run = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();

@@ -74,9 +74,12 @@ images! {
     "dense" &["dense", "add_bias"] =>
         "dense-f16-f16" "dense-f16-bf16" "dense-f16-f32" "dense-bf16-f16" "dense-bf16-bf16" "dense-bf16-f32";
     "dense90" &["dense", "add_bias"] => "dense90-f16" "dense90-bf16";
-    "wgmma" &["wgmma_16_2x1", "wgmma_16_2x2", "wgmma_32_2x1", "wgmma_64_3x1", "wgmma_64_2x2",
-        "wgmma_128_2x1", "wgmma_128_3x1", "order"] =>
-        "wgmma-f16-g128-sym" "wgmma-f16-g128-asym" "wgmma-bf16-g128-sym" "wgmma-bf16-g128-asym";
+    "wgmma" &["wgmma_16_2x1", "wgmma_16_2x2", "wgmma_32_2x1", "wgmma_64_3x1", "wgmma_64_2x2", "wgmma_128_2x1",
+        "wgmma_many_256_2", "wgmma_many_128_2", "wgmma_many_128_3", "order"] =>
+        "wgmma-f16-g128-sym" "wgmma-f16-g128-asym" "wgmma-f16-g64-sym" "wgmma-f16-g64-asym"
+        "wgmma-f16-g32-sym" "wgmma-f16-g32-asym"
+        "wgmma-bf16-g128-sym" "wgmma-bf16-g128-asym" "wgmma-bf16-g64-sym" "wgmma-bf16-g64-asym"
+        "wgmma-bf16-g32-sym" "wgmma-bf16-g32-asym";
     "quantize" &[
         "add_span", "finish_sum", "difference_f16", "difference_bf16", "gather_matrix", "factor_leaf",
         "reverse_matrix", "scale_triangle", "fit_grid", "search_grid", "gather_weight_f32", "gather_weight_f16",

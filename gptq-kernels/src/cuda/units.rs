@@ -142,11 +142,6 @@ impl Units {
         Self::in_order(weight, epilogue, Order::best(weight.g_idx(), !weight.is_symmetric()))
     }
 
-    /// The same with one group in every unit, whatever padding that takes.
-    pub(super) fn pack_by_group(weight: &PackedLinear, epilogue: Epilogue) -> Self {
-        Self::in_order(weight, epilogue, Order::new(weight.g_idx(), DEPTH))
-    }
-
     fn in_order(weight: &PackedLinear, epilogue: Epilogue, order: Order) -> Self {
         debug_assert!(weight.bits() == Bits::B4 && weight.in_features() <= MOST_FEATURES);
         let asym = !weight.is_symmetric();

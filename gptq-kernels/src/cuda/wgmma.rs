@@ -1,7 +1,10 @@
 //! `cuda-wgmma-sm90`: 4-bit layers and any number of rows, on Hopper. The kernel is `cuda/wgmma_sm90.cu`.
 //!
 //! Up to 8 rows are [`cuda-gemv-sm90`](super::gemv)'s, which reads the same copy of the weight; more rows go through `wgmma`
-//! with 16, 32, 64 or 128 tokens at a time.
+//! with 16, 32, 64 or 128 tokens at a time, slices of the input features and exact products (`cuda/wgmma_sm90.cu`); many rows,
+//! from 129 or more on, with 128 or 256 tokens, without slices, and with weights rounded to halves as if the layer were
+//! dequantised (`cuda/wgmma_many.cuh`): an error of up to `2^-11 |x w|` in each product of fp16, `2^-8` of bfloat16, beside
+//! outputs that are rounded by as much. Where the rows of a layer's kernel change, [`Linear::row_class`] says.
 //!
 //! # How it came to be
 //!
@@ -22,14 +25,40 @@
 //! | shipped, PTX of NVRTC 12.0, from Rust: the tensor map in one structure with the other arguments | 9.8 / 12.8 / 14.5 / 41.7 | 11.6 / 18.0 / 19.9 / 66.8 | 20.3 / 42.7 / 41.6 / 240 | the prototype's times; missed them |
 //! | the map as a parameter of its own | 7.6 / 10.6 / 11.8 / 35.8 | 9.9 / 15.6 / 17.3 / 57.6 | 16.9 / 38.7 / 36.1 / 191 | the prototype's times; found, but for 16 rows of 4096 x 4096 |
 //!
-//! What limits many rows: a `wgmma` with operand A in registers takes about 17 cycles more than its N / 2, from the slopes over
-//! in_features at N = 64 and 128, so 128 tokens reach 77 % of the tensor core; 256 would need 256 registers for exact scales. At
-//! 2048 rows the clock falls from 1.98 to about 1.5 GHz, as it does for cuBLAS.
+//! | no order of memory in the first arrival at the cluster's barrier, which is a fence of the whole GPU otherwise; slices for no more than one block a multiprocessor on small layers | 6.5 / 10.6 / 11.4 / 36.2 | 9.7 / 15.4 / 17.2 / 58.5 | - | -0.3; found 0.0 to 0.3, and 1.1 on 4096 x 4096 from the slices |
+//! | every lane arrives when a stage has been read, which racecheck understands | 6.4 / 10.6 / 11.3 / 36.7 | 9.9 / 15.8 / 17.5 / 58.8 | - | costs up to 2 % |
 //!
-//! Registers: 71 (16 tokens), 87 (32), 127 (64), 168 before the hand-over and up to 240 after it (128); no spills. The tensor map
+//! Many rows, 1024 and 2048, in one run with cuBLAS (46 / 124 / 119 / 628 and 90 / 253 / 236 / 1247), each replay after 4 ms of rest:
+//!
+//! | version | 256 rows | 1024 rows | 2048 rows | expected, and what happened |
+//! |---|---|---|---|---|
+//! | the above | 16.9 / 39.2 / 36.3 / 195 | 51 / 153 / 131 / 727 | 100 / 278 / 268 / 1640 | |
+//! | exact products, sums kept in units of the current group's scale: one set of registers, 256 tokens; results written in whole lines through shared memory | - / 41.4 / - / 200 | 46 / 145 / 131 / 744 | 94 / 313 / 247 / 1537 | cuBLAS's speed; found 0.83 to 1.0 of it. At the end of a group both warpgroups wait for the tensor core at once, and 128 products a thread cost power |
+//! | the same, x sent to two blocks at once | | 46 / 163 / 140 / 754 | | -10 % if L2 were the limit; found -2 % to +7 %: it is not |
+//! | scaled weights instead, nothing to wait for at the end of a group | 22.1 / **33.9** / 56 / **167** | **46.1** / **134** / **120** / **604** | **90.4** / **265** / **234** / **1231** | cuBLAS's speed; found 0.93 to 1.11 of it, 0.95 or more but for 1024 rows of 4096 x 11008, whose 344 tiles are 2.6 for each multiprocessor |
+//! | x sent to two blocks at once, with that | - / 34.6 / - / 169 | 47.5 / 135 / 122 / 602 | 90.8 / 264 / 234 / 1209 | -2 % at most; not taken: a second kind of barrier, across blocks, for that |
+//! | 192 tokens | | 65 / 135 / 168 / 696 | 99 / 268 / 259 / 1281 | fewer tiles too many for 4096 x 11008; nothing |
+//! | four warpgroups and 128 tokens | | | | half of the traffic of two; 112 registers do not hold it, and the compiler makes `wgmma` wait |
+//!
+//! The three shapes that ship cost 46 to 60 KB of PTX an image, 20 KB compressed. Groups of 32 with zero points take 91.7 us for 2048
+//! rows of 4096 x 4096 (cuBLAS 90.5), groups of 64 91.4, groups of 128 with zero points 91.5; bfloat16 89.4 (cuBLAS 87.7).
+//!
+//! A `wgmma` whose operand A is in registers takes 32 / 64 / 96 / 128 cycles with 64 / 128 / 192 / 256 tokens, measured alone: as
+//! much as from shared memory. (Earlier slopes said 17 cycles more; that was power and waiting.) From about 1000 rows on the clock
+//! falls with the power, for cuBLAS too: instructions then cost energy before they cost time, and times depend on how long the GPU has
+//! been busy. Ratios are of runs that take turns.
+//!
+//! racecheck reported hazards between the reads of a stage and the copy that refills it, when one lane of a warp arrived on the
+//! `mbarrier` after `__syncwarp`. A ring of two stages with nothing else in it shows the same: reported when one lane arrives, with
+//! `__syncwarp` or without; nothing when every lane arrives, or with `bar.arrive` instead. The order through `__syncwarp` and then
+//! a release is one of PTX's causality, so the report was false; every lane arrives now, so that the tool can be used.
+//!
+//! Registers: 75 and 81 (16 tokens), 89 (32), 121 (64), 128 for three warpgroups and 168 for two before the hand-over, 160 and 240
+//! after it; no spills. The tensor map
 //! is a parameter of its own because its address is taken: when it lay in one structure with the other arguments, NVRTC 12.0
 //! read all of them by generic loads, one for every unit, and the kernel was slower by 11 to 50 %.
 
+mod many;
 mod plan;
 
 use std::ops::RangeInclusive;
@@ -48,6 +77,7 @@ use crate::{
     Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
     WeightFormat, Workspace, cpu::check_operands,
 };
+use many::{Factor, Many};
 use plan::{FEW_ROWS, MOST_SLICES, Tokens};
 
 pub(super) const NAME: &str = "cuda-wgmma-sm90";
@@ -56,7 +86,7 @@ pub(super) const NAME: &str = "cuda-wgmma-sm90";
 const BOX: u32 = 64;
 /// Rows of x that are put in order at a time, if only because they are not aligned.
 const ALIGNED_ROWS: usize = 128;
-/// Blocks that share a row which is put in order.
+/// Blocks that share a row which is put in order, where there are few rows.
 const ORDER_BLOCKS: u32 = 4;
 
 pub(super) struct Wgmma<T: Element> {
@@ -90,6 +120,9 @@ struct Args {
     token_tiles: u32,
     stages: u32,
     y_pairs: u32,
+    y_vectors: u32,
+    scale_factor: u32,
+    sum_factor: f32,
 }
 
 /// `OrderArgs` of `wgmma_sm90.cu`.
@@ -157,7 +190,9 @@ impl Rows {
 struct Class {
     /// The largest of them.
     most: usize,
-    /// Index of the tokens at a time.
+    /// Whether weights are rounded to halves, so that [`Many`] does them; otherwise products are exact.
+    many: bool,
+    /// Index of the tokens at a time, and the slices, if they are not many.
     tokens: usize,
     slices: usize,
 }
@@ -167,6 +202,7 @@ struct WgmmaLinear<T: Element> {
     gemv: GemvLinear<T>,
     /// For 16, 32, 64 and 128 tokens at a time.
     tokens: Vec<Tokens>,
+    many: Option<Many>,
     /// In rising order; the last one has no end.
     classes: Vec<Class>,
     order: Function,
@@ -182,14 +218,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
-        self.gemv.supports(spec)?;
-        // The images for shorter groups would take more room than all the others together.
-        match spec.weight {
-            WeightFormat::Gptq { group_size, .. } if group_size < DEPTH.min(spec.in_features) => {
-                Err(Unsupported::GroupSize { group_size })
-            }
-            _ => Ok(()),
-        }
+        self.gemv.supports(spec)
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
@@ -204,45 +233,66 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
         let spec = LinearSpec::of(weight).with_epilogue(epilogue);
         let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
         self.supports(&spec).map_err(unsupported)?;
-        let units = Units::pack_by_group(weight, epilogue);
+        let units = Units::pack(weight, epilogue);
         let zero = if units.asym { "asym" } else { "sym" };
         let image = format!("wgmma-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
         let tokens = Tokens::all(&self.device, &image, &units)?;
+        let many = Many::new(&self.device, &image, &units, weight)?;
         let order = self.device.images().function(&image, "order", self.device.shared_memory())?;
         let gemv = self.gemv.linear(&units, spec)?.ok_or_else(|| {
             let LinearSpec { in_features, out_features, .. } = LinearSpec::of(weight);
             unsupported(Unsupported::Shape { in_features, out_features })
         })?;
-        Ok(Box::new(WgmmaLinear { classes: classes(&tokens), gemv, tokens, order }))
+        let classes = classes(&tokens, many.as_ref());
+        Ok(Box::new(WgmmaLinear { classes, gemv, tokens, many, order }))
     }
 
-    /// As for `cuda-gemv-sm90`, whose up to 8 rows are: a group's sum on the tensor core, then the fused multiply-adds with
-    /// the scales, of which one slice may have all, the parts or slices, the bias and what [`Epilogue::Add`] adds to. Units
-    /// have at most twice as many groups as full groups of 32 would be, and four.
+    /// Few rows are as for `cuda-gemv-sm90`, whose up to 8 rows are: a group's sum on the tensor core, then the fused
+    /// multiply-adds with the scales, of which one slice may have all, the parts or slices, the bias and what
+    /// [`Epilogue::Add`] adds to. Units have at most twice as many groups as full groups of 32 would be, and four.
+    ///
+    /// Of many rows, weights are rounded to halves once, and sums go through the tensor core from end to end: 17 errors of two
+    /// units, as for [`cuda-gemv-sm90`](super::gemv), in each step of 16 input features, of which every group may have one that
+    /// is not full.
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {
         let groups = 2 * spec.in_features.div_ceil(32) + 4;
-        output_bound::<T>(ErrorBound::float32(
-            gemv::GROUP_ROUNDINGS + groups + gemv::PARTS.max(MOST_SLICES) + 2,
-        ))
+        let few = gemv::GROUP_ROUNDINGS + groups + gemv::PARTS.max(MOST_SLICES) + 2;
+        let group_size = match spec.weight {
+            WeightFormat::Gptq { group_size, .. } => group_size,
+            _ => spec.in_features,
+        };
+        let steps = spec.in_features.div_ceil(16) + spec.in_features.div_ceil(group_size.max(1));
+        let many = 17 * 2 * steps + 3;
+        // For bfloat16 the product with the lesser part of a scale is rounded too.
+        let weight = T::UNIT * (1.0 + 2.0 * T::UNIT);
+        output_bound::<T>(ErrorBound::float32(few.max(many)).with_activation_error(weight))
     }
 }
 
-/// More token tiles leave fewer slices to fill the GPU with, until one is left.
-fn classes(tokens: &[Tokens]) -> Vec<Class> {
+/// More token tiles leave fewer slices to fill the GPU with; from some number on, `many` is faster.
+fn classes(tokens: &[Tokens], many: Option<&Many>) -> Vec<Class> {
     let mut classes = Vec::new();
     for (index, &most) in FEW_ROWS.iter().enumerate() {
-        classes.push(Class { most, tokens: index, slices: tokens[index].slices(1) });
+        classes.push(Class { most, many: false, tokens: index, slices: tokens[index].slices(1) });
     }
-    let (index, many) = (FEW_ROWS.len(), &tokens[FEW_ROWS.len()]);
-    let (mut token_tiles, mut slices) = (1, many.slices(1));
-    while slices > 1 {
-        let next = many.slices(token_tiles + 1).min(slices);
+    let (index, last) = (FEW_ROWS.len(), &tokens[FEW_ROWS.len()]);
+    let (mut token_tiles, mut slices) = (1, last.slices(1));
+    let class = |most, slices| Class { most, many: false, tokens: index, slices };
+    let is_faster = |token_tiles, slices| {
+        many.is_some_and(|many| many.cost(token_tiles * last.tokens) <= last.cost(token_tiles, slices))
+    };
+    while slices > 1 && !is_faster(token_tiles, slices) {
+        let next = last.slices(token_tiles + 1).min(slices);
         if next < slices {
-            classes.push(Class { most: token_tiles * many.tokens, tokens: index, slices });
+            classes.push(class(token_tiles * last.tokens, slices));
         }
         (token_tiles, slices) = (token_tiles + 1, next);
     }
-    classes.push(Class { most: usize::MAX, tokens: index, slices });
+    let most_few = (token_tiles - 1) * last.tokens;
+    if many.is_some() && classes.last().is_some_and(|class| class.most < most_few) {
+        classes.push(class(most_few, slices));
+    }
+    classes.push(Class { many: many.is_some(), ..class(usize::MAX, slices) });
     classes
 }
 
@@ -274,7 +324,7 @@ impl<T: Element> WgmmaLinear<T> {
             x_vectors: u32::from(x.vectors::<T>()),
         };
         let launch = Launch {
-            grid: (x.rows as u32, ORDER_BLOCKS),
+            grid: (x.rows as u32, if x.rows <= ALIGNED_ROWS { ORDER_BLOCKS } else { 1 }),
             threads: 256,
             shared: (x.columns * size_of::<T>()).next_multiple_of(16),
             cluster: 1,
@@ -288,11 +338,23 @@ impl<T: Element> WgmmaLinear<T> {
 
     /// The product of `x.rows` rows, which are part of a call of `class`.
     fn multiply(&self, class: &Class, x: Rows, y: Rows, stream: sys::CUstream) -> Result<(), KernelError> {
-        let (tokens, spec) = (&self.tokens[class.tokens], self.gemv.spec());
-        let token_tiles = x.rows.div_ceil(tokens.tokens);
-        let (blocks, launch) = tokens.launch(token_tiles, class.slices);
-        let pairs = y.address.is_multiple_of(4) && y.stride.is_multiple_of(2);
-        let mut map = x.map::<T>(tokens.tokens)?;
+        let spec = self.gemv.spec();
+        let exact = Factor { scale: 0, sum: 1.0 };
+        let (function, launch, tokens, stages, factor) = match self.many.as_ref().filter(|_| class.many) {
+            Some(many) => {
+                let (blocks, launch) = many.launch(x.rows);
+                (&blocks.function, launch, blocks.tokens, blocks.stages, many.factor)
+            }
+            None => {
+                let tokens = &self.tokens[class.tokens];
+                let (blocks, launch) = tokens.launch(x.rows.div_ceil(tokens.tokens), class.slices);
+                (&blocks.function, launch, tokens.tokens, blocks.stages, exact)
+            }
+        };
+        let aligned = |elements: usize| {
+            y.address.is_multiple_of(2 * elements as u64) && y.stride.is_multiple_of(elements)
+        };
+        let mut map = x.map::<T>(tokens)?;
         let mut args = Args {
             units: self.gemv.units.address(),
             y: y.address,
@@ -307,9 +369,12 @@ impl<T: Element> WgmmaLinear<T> {
                 Epilogue::Add => 1,
                 Epilogue::SiluMul => 2,
             },
-            token_tiles: token_tiles as u32,
-            stages: blocks.stages as u32,
-            y_pairs: u32::from(pairs),
+            token_tiles: x.rows.div_ceil(tokens) as u32,
+            stages: stages as u32,
+            y_pairs: u32::from(aligned(2)),
+            y_vectors: u32::from(aligned(8)),
+            scale_factor: factor.scale,
+            sum_factor: factor.sum,
         };
         let mut parameters = [std::ptr::from_mut(&mut map).cast(), std::ptr::from_mut(&mut args).cast()];
         // SAFETY: the parameters are a tensor map and `WgmmaArgs`, which `Args` is. units and bias are the layer's own memory,
@@ -317,7 +382,7 @@ impl<T: Element> WgmmaLinear<T> {
         // workspace; y has been checked too. All of them outlive the stream's work, because the caller may not free what a
         // stream uses and `Resident` waits. Weights are read before the kernel waits for earlier ones: no kernel ever writes
         // them. The stream is that of y.
-        unsafe { blocks.function.launch_with(NAME, launch, stream, &mut parameters) }
+        unsafe { function.launch_with(NAME, launch, stream, &mut parameters) }
     }
 }
 

@@ -26,6 +26,8 @@ struct Shape {
     stages: usize,
     /// Slices of the input features, at most.
     most_slices: usize,
+    /// Units that a slice must have where there are more blocks than multiprocessors.
+    least_units: usize,
     /// Whether the sums of slices take the place of the ring.
     reuse: bool,
 }
@@ -39,7 +41,20 @@ const fn shape(
     stages: usize,
     most_slices: usize,
 ) -> Shape {
-    Shape { entry, tokens, warpgroups, halves, threads, stages, most_slices, reuse: tokens == 128 }
+    // Measured on the H200: the 4096 input features of a small layer are better left to one block a multiprocessor, the
+    // next kernel's being the second.
+    let least_units = if tokens == 16 && halves == 1 { 12 } else { 2 };
+    Shape {
+        entry,
+        tokens,
+        warpgroups,
+        halves,
+        threads,
+        stages,
+        most_slices,
+        least_units,
+        reuse: tokens == 128,
+    }
 }
 
 /// Narrow and wide blocks for every number of tokens. Measured on the H200: wide ones pay where narrow ones would fill it
@@ -48,7 +63,7 @@ const SHAPES: [[Shape; 2]; 4] = [
     [shape("wgmma_16_2x1", 16, 2, 1, 288, 6, 7), shape("wgmma_16_2x2", 16, 2, 2, 288, 4, 4)],
     [shape("wgmma_32_2x1", 32, 2, 1, 288, 4, 6), shape("wgmma_32_2x1", 32, 2, 1, 288, 4, 6)],
     [shape("wgmma_64_3x1", 64, 3, 1, 416, 4, 5), shape("wgmma_64_2x2", 64, 2, 2, 384, 4, 8)],
-    [shape("wgmma_128_2x1", 128, 2, 1, 384, 4, 3), shape("wgmma_128_3x1", 128, 3, 1, 512, 4, 3)],
+    [shape("wgmma_128_2x1", 128, 2, 1, 384, 4, 3), shape("wgmma_128_2x1", 128, 2, 1, 384, 4, 3)],
 ];
 
 /// The largest numbers of rows that are done with fewer than 128 tokens at a time.
@@ -80,6 +95,8 @@ pub(super) struct Blocks {
     threads: u32,
     shared: usize,
     most_slices: usize,
+    least_units: usize,
+    multiprocessors: usize,
     /// Clusters of 1, 2, ... blocks that the GPU can run at once.
     clusters: Vec<usize>,
 }
@@ -102,6 +119,8 @@ impl Blocks {
             threads: shape.threads,
             shared: shape.shared_memory(unit, stages),
             most_slices: shape.most_slices,
+            least_units: shape.least_units,
+            multiprocessors: device.multiprocessors() as usize,
             clusters: Vec::with_capacity(MOST_SLICES),
         };
         for slices in 1..=MOST_SLICES {
@@ -132,7 +151,11 @@ impl Blocks {
 
     /// The most slices for which all clusters run at once, each with two units or more; 1 if there are more tiles than blocks.
     fn slices(&self, tiles: usize, k_units: usize) -> usize {
-        let fits = |&slices: &usize| tiles <= self.clusters[slices - 1] && k_units >= 2 * slices;
+        let fits = |&slices: &usize| {
+            let alone = tiles * slices <= self.multiprocessors;
+            let least = if alone { 2 } else { self.least_units };
+            tiles <= self.clusters[slices - 1] && k_units >= least * slices
+        };
         (1..=self.most_slices).rev().find(fits).unwrap_or(1)
     }
 
@@ -187,6 +210,14 @@ impl Tokens {
     pub(super) fn slices(&self, token_tiles: usize) -> usize {
         let blocks = self.blocks(token_tiles);
         blocks.slices(blocks.tiles(self.unit_rows, token_tiles), self.k_units)
+    }
+
+    /// What [`Many`](super::many::Many) calls the time of these rows.
+    pub(super) fn cost(&self, token_tiles: usize, slices: usize) -> usize {
+        let blocks = self.blocks(token_tiles);
+        let rounds = (blocks.tiles(self.unit_rows, token_tiles) * slices).div_ceil(blocks.resident(1));
+        // Their tensor core waits at the end of every group.
+        rounds * (blocks.features * self.tokens * self.k_units.div_ceil(slices) * 6 / 5)
     }
 
     /// The launch for that many token tiles and slices.
