@@ -224,7 +224,7 @@ impl Args {
         let mut batches = self.batch.clone();
         batches.sort_unstable();
         let vocabulary = model.config().vocab_size as u64;
-        let mut rows = Vec::new();
+        let mut lines = 0;
         for &context in &self.prompt {
             let mut rng = Rng::new(1);
             let prompt: Vec<u32> =
@@ -277,21 +277,17 @@ impl Args {
                 };
                 if single {
                     result.print(model.weight_bytes(), self.new_tokens > 0);
+                } else {
+                    if lines == 0 || self.parts {
+                        println!("\n{}", Measured::HEADER);
+                    }
+                    lines += 1;
+                    println!("{}", result.line());
                 }
-                rows.push(result.row());
                 if single || self.parts {
                     println!();
-                    if !single {
-                        println!("context {context}, batch {batch}");
-                    }
                     print_parts(&mut bench, &prompt, batch, self.new_tokens.min(PART_STEPS))?;
                 }
-            }
-        }
-        if !single {
-            println!();
-            for line in table::lines(&Measured::HEADER, &rows) {
-                println!("{line}");
             }
         }
         Ok(())
@@ -323,8 +319,9 @@ struct Measured {
 }
 
 impl Measured {
-    const HEADER: [&str; 8] =
-        ["context", "batch", "first token, ms", "prefill tok/s", "step, ms", "median", "tok/s", "floor"];
+    /// Written line by line: a table that is broken off is better than none.
+    const HEADER: &str = "| context | batch | first token, ms | prefill tok/s | step, ms | median | tok/s | of the floor |\n\
+                          |---|---|---|---|---|---|---|---|";
 
     /// The median time of a prompt.
     fn first_token(&self) -> f64 {
@@ -333,17 +330,19 @@ impl Measured {
         times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64)
     }
 
-    fn row(&self) -> Vec<String> {
-        vec![
-            self.context.to_string(),
-            self.batch.to_string(),
-            format!("{:.2}", self.first_token() * 1e3),
-            format!("{:.0}", self.prompt as f64 / self.first_token()),
-            format!("{:.3}", self.step * 1e3),
-            format!("{:.3}", self.median * 1e3),
-            format!("{:.0}", self.batch as f64 / self.step),
-            self.floor.map_or_else(|| "-".to_owned(), |floor| format!("{:.0} %", 100.0 * floor / self.step)),
-        ]
+    fn line(&self) -> String {
+        let floor =
+            self.floor.map_or_else(|| "-".to_owned(), |floor| format!("{:.0} %", 100.0 * floor / self.step));
+        format!(
+            "| {} | {} | {:.2} | {:.0} | {:.3} | {:.3} | {:.0} | {floor} |",
+            self.context,
+            self.batch,
+            self.first_token() * 1e3,
+            self.prompt as f64 / self.first_token(),
+            self.step * 1e3,
+            self.median * 1e3,
+            self.batch as f64 / self.step,
+        )
     }
 
     fn print(&self, weight_bytes: usize, decoded: bool) {

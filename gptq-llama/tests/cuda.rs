@@ -460,6 +460,7 @@ fn ballast(device: &CudaDevice<f16>, left: usize) -> <CudaDevice<f16> as Device>
 }
 
 #[test]
+#[ignore = "takes all of the GPU's memory: to be run alone"]
 fn running_out_of_memory_says_what_would_have_fitted() {
     let Some(device) = gpu::<f16>() else { return };
     // 16.8 million float32 weights a layer: 540 MB, or 71 MB in 4 bits.
