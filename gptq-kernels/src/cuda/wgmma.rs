@@ -1,10 +1,12 @@
 //! `cuda-wgmma-sm90`: 4-bit layers and any number of rows, on Hopper. The kernel is `cuda/wgmma_sm90.cu`.
 //!
 //! Up to 8 rows are [`cuda-gemv-sm90`](super::gemv)'s, which reads the same copy of the weight; more rows go through `wgmma`
-//! with 16, 32, 64 or 128 tokens at a time, slices of the input features and exact products (`cuda/wgmma_sm90.cu`); many rows,
-//! from 129 or more on, with 128 or 256 tokens, without slices, and with weights rounded to halves as if the layer were
-//! dequantised (`cuda/wgmma_many.cuh`): an error of up to `2^-11 |x w|` in each product of fp16, `2^-8` of bfloat16, beside
-//! outputs that are rounded by as much. Where the rows of a layer's kernel change, [`Linear::row_class`] says.
+//! with 16, 32, 64 or 128 tokens at a time, slices of the input features and exact products (`cuda/wgmma_sm90.cu`); many rows
+//! (65 or more for 11008 outputs, 257 or more for 4096: as soon as tiles alone fill the GPU) with 128 or 256 tokens, without
+//! slices, and with weights rounded to halves as if the layer were dequantised (`cuda/wgmma_many.cuh`): an error of up to
+//! `2^-11 |x w|` in each product of fp16, `2^-8` of bfloat16, beside outputs that are rounded by as much.
+//! [`Linear::row_class`] says where that begins. A layer whose scales are too far apart for one power of two to keep its weights
+//! normal numbers of fp16 has exact products for any number of rows.
 //!
 //! # How it came to be
 //!
@@ -53,10 +55,10 @@
 //! `__syncwarp` or without; nothing when every lane arrives, or with `bar.arrive` instead. The order through `__syncwarp` and then
 //! a release is one of PTX's causality, so the report was false; every lane arrives now, so that the tool can be used.
 //!
-//! Registers: 75 and 81 (16 tokens), 89 (32), 121 (64), 128 for three warpgroups and 168 for two before the hand-over, 160 and 240
-//! after it; no spills. The tensor map
-//! is a parameter of its own because its address is taken: when it lay in one structure with the other arguments, NVRTC 12.0
-//! read all of them by generic loads, one for every unit, and the kernel was slower by 11 to 50 %.
+//! Registers: 75 and 81 (16 tokens), 89 (32), 121 (64), 128 for three warpgroups and 168 for two before the hand-over, 160 and
+//! 240 after it; no spills. The tensor map is a parameter of its own because its address is taken: when it lay in one structure
+//! with the other arguments, NVRTC 12.0 read all of them by generic loads, one for every unit, and the kernel was slower by 11 to
+//! 50 %.
 
 mod many;
 mod plan;
@@ -86,8 +88,15 @@ pub(super) const NAME: &str = "cuda-wgmma-sm90";
 const BOX: u32 = 64;
 /// Rows of x that are put in order at a time, if only because they are not aligned.
 const ALIGNED_ROWS: usize = 128;
-/// Blocks that share a row which is put in order, where there are few rows.
-const ORDER_BLOCKS: u32 = 4;
+/// Blocks that share a row which is put in order: so many that some threads fill the GPU, and that what each thread picks
+/// first, whose columns it knows before x is there, is most of it.
+const fn order_blocks(rows: usize) -> u32 {
+    match rows {
+        0..=128 => 4,
+        129..=512 => 2,
+        _ => 1,
+    }
+}
 
 pub(super) struct Wgmma<T: Element> {
     device: CudaDevice<T>,
@@ -324,7 +333,7 @@ impl<T: Element> WgmmaLinear<T> {
             x_vectors: u32::from(x.vectors::<T>()),
         };
         let launch = Launch {
-            grid: (x.rows as u32, if x.rows <= ALIGNED_ROWS { ORDER_BLOCKS } else { 1 }),
+            grid: (x.rows as u32, order_blocks(x.rows)),
             threads: 256,
             shared: (x.columns * size_of::<T>()).next_multiple_of(16),
             cluster: 1,
