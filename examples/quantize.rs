@@ -13,13 +13,13 @@ use gptq_examples::{
     data::RowSource,
     device::{DeviceArgs, Job, Machine},
     failure::{Failure, run},
-    plot, progress,
+    plot, progress, tune,
 };
 use gptq_format::{Checkpoint, DynamicRules};
 use gptq_kernels::{cpu::Cpu, quantize::QuantizeBackend};
 use gptq_llama::{
-    Existing, LlamaConfig, LlamaError, LoraWeights, OutputError, QuantizeJob, QuantizeOptions,
-    QuantizeReport, Watch,
+    Existing, LlamaConfig, LlamaError, LoraWeights, Module, OutputError, QuantizeJob, QuantizeOptions,
+    QuantizeReport, TokenRows, Watch, WeightSource,
 };
 
 /// Quantises the linear layers of a Llama, Mistral or Qwen2 and writes a GPTQ checkpoint.
@@ -33,8 +33,8 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// Folder to write
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["try_recipes", "propose"])]
+    out: Option<PathBuf>,
     /// Go on with the run in --out that was interrupted; where there is none, start one
     #[arg(long)]
     resume: bool,
@@ -106,6 +106,29 @@ struct Args {
     /// gptq, or rtn: round to nearest, the baseline
     #[arg(long, value_enum, default_value_t = Method::Gptq)]
     method: Method,
+    /// Try variants of the recipe on one decoder layer, behind its quantised predecessors, and print a table; write nothing
+    #[arg(long = "try", conflicts_with_all = ["out", "propose"], requires = "calibration")]
+    try_recipes: bool,
+    /// The decoder layer for --try; the first is 0
+    #[arg(long, default_value_t = 0, value_name = "N", requires = "try_recipes")]
+    layer: usize,
+    /// Only this module of the layer for --try, such as down_proj
+    #[arg(long, value_name = "NAME", requires = "try_recipes")]
+    module: Option<String>,
+    /// Write rules for --dynamic into this file under which layers take --budget bits a weight, chosen by what each layer's
+    /// quantisation does to the model's predictions, and what was measured beside it; quantise nothing
+    #[arg(long, value_name = "FILE", conflicts_with = "out", requires_all = ["calibration", "budget"])]
+    propose: Option<PathBuf>,
+    /// Bits a weight for --propose, with scales, zero points and g_idx
+    #[arg(long, value_name = "BITS", requires = "propose")]
+    budget: Option<f64>,
+    /// Let --propose choose for q, k and v, and for gate and up, apart: better, but engines that run them as one layer may
+    /// refuse the result
+    #[arg(long, requires = "propose")]
+    apart: bool,
+    /// Calibration rows, the last ones, that --try and --propose measure on [default: an eighth]
+    #[arg(long, value_name = "N")]
+    held_out: Option<usize>,
     /// A set of options chosen by measurement, in place of those above but --bits and --group-size
     #[arg(long, value_enum, conflicts_with_all = ["desc_act", "static_groups", "act_group_aware", "asym", "mse", "gptaq", "damp"])]
     recipe: Option<Recipe>,
@@ -194,6 +217,14 @@ fn write_quantized<D: QuantizeBackend>(args: &Args, device: &D) -> Result<(), Fa
         Some(adapter) => Some(LoraWeights::open(adapter, &checkpoint, &config)?),
         None => None,
     };
+    let weights: &dyn WeightSource = match &merged {
+        Some(merged) => merged,
+        None => &checkpoint,
+    };
+    if let Some(rows) = rows.as_ref().filter(|_| args.try_recipes || args.propose.is_some()) {
+        return tune(args, &config, weights, rows, &options);
+    }
+    let out = args.out.as_deref().ok_or("--out DIR is needed")?;
     let existing = match (args.resume, args.overwrite) {
         (true, _) => Existing::Resume,
         (_, true) => Existing::Overwrite,
@@ -208,10 +239,10 @@ fn write_quantized<D: QuantizeBackend>(args: &Args, device: &D) -> Result<(), Fa
     if let Some(rows) = &rows {
         job = job.calibration(rows);
     }
-    let outcome = job.run(&args.out, &mut watch).map_err(|error| hint(&error, &args.out))?;
+    let outcome = job.run(out, &mut watch).map_err(|error| hint(&error, out))?;
     bar.finish_and_clear();
     let Some(written) = outcome.written else {
-        println!("{} holds the result of this very run already", args.out.display());
+        println!("{} holds the result of this very run already", out.display());
         return Ok(());
     };
     let report = outcome.report;
@@ -235,7 +266,7 @@ fn write_quantized<D: QuantizeBackend>(args: &Args, device: &D) -> Result<(), Fa
         report.layers.len(),
         report.elapsed.as_secs_f64(),
         written.tensor_bytes as f64 / 1e6,
-        args.out.display()
+        out.display()
     );
     if args.times {
         print_times(&report);
@@ -255,6 +286,35 @@ fn print_times(report: &QuantizeReport) {
     if let Some(device) = &report.device {
         println!("memory of the GPU: {} ({device})", gigabytes(report.device_memory));
     }
+}
+
+/// Prints what helps to choose options, and quantises nothing. Calculates on the CPU.
+fn tune(
+    args: &Args,
+    config: &LlamaConfig,
+    weights: &dyn WeightSource,
+    rows: &TokenRows,
+    options: &QuantizeOptions,
+) -> Result<(), Failure> {
+    let lines = match (&args.propose, args.budget) {
+        (Some(file), Some(budget)) => {
+            tune::propose(config, weights, rows, args.held_out, options, (budget, args.apart), file)?
+        }
+        _ => {
+            let module = args.module.as_deref().map(module).transpose()?;
+            tune::try_recipes(config, weights, rows, args.held_out, options, (args.layer, module))?
+        }
+    };
+    lines.iter().for_each(|line| println!("{line}"));
+    Ok(())
+}
+
+fn module(name: &str) -> Result<Module, Failure> {
+    let short = |module: &Module| module.name().rsplit('.').next() == Some(name) || module.name() == name;
+    Ok(Module::ALL
+        .into_iter()
+        .find(short)
+        .ok_or_else(|| format!("--module {name}: no decoder layer has it"))?)
 }
 
 /// Says which option helps.

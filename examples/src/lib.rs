@@ -13,4 +13,5 @@ pub mod random_model;
 pub mod shape;
 pub mod table;
 pub mod text;
+pub mod tune;
 pub mod zeros;

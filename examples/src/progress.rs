@@ -50,6 +50,15 @@ fn describe(progress: &Progress<'_>) -> String {
     if let Some(loss) = progress.rtn_loss {
         text.push_str(&format!(" (rounded {loss:.4})"));
     }
+    if let Some(damp) = progress.damp {
+        text.push_str(&format!(" damp {damp}"));
+    }
+    if let Some(speed) = progress.tokens_per_second {
+        text.push_str(&format!(", {speed:.0} tokens/s"));
+    }
+    if let Some(bytes) = progress.memory {
+        text.push_str(&format!(", {} MB", bytes / 1_000_000));
+    }
     if let Some(eta) = progress.eta {
         text.push_str(&format!(", {} left", seconds(eta)));
     }
@@ -91,5 +100,10 @@ mod tests {
         assert_eq!(describe(&done), "layer 2/4 done: q_proj, k_proj loss 0.5000");
         let done = Progress { layer: 4, modules: &[Module::LmHead], rtn_loss: Some(0.75), ..done };
         assert_eq!(describe(&done), "output layer done: lm_head loss 0.5000 (rounded 0.7500)");
+        let damp = Some(0.015);
+        let done = Progress { damp, tokens_per_second: Some(5230.4), memory: Some(311_900_000), ..done };
+        let text =
+            "output layer done: lm_head loss 0.5000 (rounded 0.7500) damp 0.015, 5230 tokens/s, 311 MB";
+        assert_eq!(describe(&done), text);
     }
 }

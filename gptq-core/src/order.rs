@@ -37,14 +37,12 @@ impl ColumnOrder {
                 .chain(tail.iter().copied())
                 .collect();
         }
-        // Only dynamic groups under desc_act follow the order; all others are groups of neighbouring columns.
-        let follows_order = config.desc_act() && !config.static_groups();
-        let group = column
-            .iter()
-            .enumerate()
-            .map(|(position, &original)| if follows_order { position } else { original } / group_size)
-            .collect();
-        Self { column, group }
+        Self { group: groups(config, &column), column }
+    }
+
+    /// The same columns in the groups of other settings.
+    pub(crate) fn regrouped(&self, config: &GptqConfig) -> Self {
+        Self { column: self.column.clone(), group: groups(config, &self.column) }
     }
 
     /// `g_idx[original column]`.
@@ -62,6 +60,17 @@ impl ColumnOrder {
     pub fn is_natural(&self) -> bool {
         self.column.iter().enumerate().all(|(position, &column)| position == column)
     }
+}
+
+/// `group[position]` of columns in this order.
+fn groups(config: &GptqConfig, column: &[usize]) -> Vec<usize> {
+    let group_size = config.group_size().map_or(column.len(), |g| g.get());
+    // Only dynamic groups under desc_act follow the order; all others are groups of neighbouring columns.
+    let follows_order = config.desc_act() && !config.static_groups();
+    let positions = column.iter().enumerate();
+    positions
+        .map(|(position, &original)| if follows_order { position } else { original } / group_size)
+        .collect()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ mod row_chunk;
 
 use std::{
     convert::Infallible,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -143,7 +144,7 @@ impl<F: Factorize> Gptq<F> {
             config: self.config.clone(),
             order,
             dead_columns,
-            factor,
+            factor: factor.map(Arc::new),
             samples: hessian.samples(),
             times: PhaseTimes { prepare, factorize, solve: Duration::ZERO },
         })
@@ -156,7 +157,7 @@ pub struct PreparedHessian {
     config: GptqConfig,
     order: ColumnOrder,
     dead_columns: Vec<usize>,
-    factor: Result<Factor, NotPositiveDefinite>,
+    factor: Result<Arc<Factor>, NotPositiveDefinite>,
     samples: u64,
     times: PhaseTimes,
 }
@@ -174,6 +175,29 @@ impl PreparedHessian {
     #[must_use]
     pub fn in_features(&self) -> usize {
         self.order.column.len()
+    }
+
+    /// The same factorisation for other settings of the grids: bits, group size, symmetry, search. `None` if `config` needs
+    /// another factorisation, because its damping, block size, order of columns or GPTAQ strength is another.
+    ///
+    /// What it quantises is to the bit what [`Gptq::prepare`] with `config` gives.
+    #[must_use]
+    pub fn for_settings(&self, config: &GptqConfig) -> Option<Self> {
+        let own = &self.config;
+        let same_order = config.desc_act() == own.desc_act()
+            && config.act_group_aware() == own.act_group_aware()
+            // The group-aware order is one of groups.
+            && (!own.act_group_aware() || config.group_size() == own.group_size());
+        let same_factor = config.damp_percent() == own.damp_percent()
+            && config.damp_auto_increment() == own.damp_auto_increment()
+            && config.block_size() == own.block_size()
+            && config.gptaq() == own.gptaq()
+            && config.on_failure() == own.on_failure();
+        (same_order && same_factor).then(|| Self {
+            config: config.clone(),
+            order: self.order.regrouped(config),
+            ..self.clone()
+        })
     }
 
     /// Quantises `weight` (out_features, in_features).

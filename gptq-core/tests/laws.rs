@@ -46,6 +46,15 @@ fn settings() -> impl Strategy<Value = GptqConfigBuilder> {
     )
 }
 
+/// The default settings with the order of columns of others.
+fn settings_of_factor(config: &GptqConfig) -> GptqConfigBuilder {
+    let groups = config.group_size().map(|size| size.get());
+    GptqConfig::builder()
+        .desc_act(config.desc_act())
+        .act_group_aware(config.act_group_aware())
+        .group_size(if config.act_group_aware() { groups } else { Some(128) })
+}
+
 fn quantize(config: &GptqConfig, weight: &Array2<f32>, hessian: &Hessian) -> QuantizedWeight {
     Gptq::new(config.clone()).quantize(weight.view(), hessian.clone()).expect("quantisable")
 }
@@ -82,6 +91,29 @@ proptest! {
         prop_assert_eq!(gptq.scales, rtn.scales);
         prop_assert_eq!(gptq.zeros, rtn.zeros);
         prop_assert_eq!(gptq.g_idx, rtn.g_idx);
+    }
+
+    /// A factorisation that other settings may share is the one that they would have made.
+    #[test]
+    fn shared_factorisations_change_nothing(
+        weight in weight(COLUMNS),
+        hessian in hessian(COLUMNS),
+        settings in settings(),
+        other in settings(),
+    ) {
+        let (config, other) = (settings.build().expect("valid"), other.block_size(16).build().expect("valid"));
+        let prepared = Gptq::new(config.clone()).prepare(hessian.clone()).expect("positive definite");
+        let own = quantize(&config, &weight, &hessian);
+        let again = prepared.for_settings(&config).expect("its own").quantize(weight.view()).expect("quantisable");
+        prop_assert_eq!((&own.codes, &own.scales, &own.g_idx), (&again.codes, &again.scales, &again.g_idx));
+        let prepared = Gptq::new(
+            settings_of_factor(&other).block_size(16).build().expect("valid")
+        ).prepare(hessian.clone()).expect("positive definite");
+        let shared = prepared.for_settings(&other).expect("the same order and damping");
+        let (shared, own) = (shared.quantize(weight.view()).expect("quantisable"), quantize(&other, &weight, &hessian));
+        prop_assert_eq!((&own.codes, &own.scales, &own.g_idx), (&shared.codes, &shared.scales, &shared.g_idx));
+        let damped = GptqConfig::builder().damp_percent(0.5).block_size(16).build().expect("valid");
+        prop_assert!(prepared.for_settings(&damped).is_none());
     }
 
     /// The reported loss is `tr(D H D^T) / 2`, D the quantisation error and H the damped Hessian.

@@ -5,7 +5,7 @@ use gptq_kernels::KernelError;
 use crate::{
     config::ConfigError,
     lora::LoraError,
-    quantize::{OutputError, RuleError},
+    quantize::{BudgetError, OutputError, RuleError, TrialError},
 };
 
 /// What can go wrong in loading, quantising or running a model.
@@ -196,6 +196,12 @@ pub enum LlamaError {
     /// A run cannot start, go on or be written down.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// Recipes cannot be tried.
+    #[error(transparent)]
+    Trial(#[from] TrialError),
+    /// Bits cannot be distributed.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
     /// An adapter cannot be merged.
     #[error(transparent)]
     Lora(#[from] LoraError),

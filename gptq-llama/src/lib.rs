@@ -79,8 +79,10 @@ pub use perplexity::{Perplexity, perplexity};
 pub use progress::{CancelToken, Progress, QuantizePhase, Watch};
 pub use projections::Precision;
 pub use quantize::{
-    Existing, LayerSink, LayerSummary, OutputError, QuantizeJob, QuantizeMethod, QuantizeOptions,
-    QuantizeOutcome, QuantizeReport, RuleError, RunTimes, quantize, round_to_nearest,
+    Allocation, BudgetError, Choice, Divergence, Existing, FormatCost, FormatLoss, LayerFormat,
+    LayerSensitivity, LayerSink, LayerSummary, OutputError, QuantizeJob, QuantizeMethod, QuantizeOptions,
+    QuantizeOutcome, QuantizeReport, Recipe, RuleError, RunTimes, Sensitivities, SensitivityJob, Trial,
+    TrialError, TrialResult, TrialScore, allocate, quantize, round_to_nearest,
 };
 pub use random::Rng;
 pub use rows::TokenRows;

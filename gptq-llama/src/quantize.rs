@@ -2,6 +2,7 @@
 
 mod activations;
 mod baseline;
+mod budget;
 mod calibrate;
 mod identity;
 mod job;
@@ -10,26 +11,33 @@ mod layer;
 mod options;
 mod original;
 mod plan;
+mod predictions;
 mod record;
 mod report;
 mod room;
 mod round;
 mod run;
+mod sensitivity;
 mod solve;
 mod store;
 mod summary;
+mod trial;
+mod walk;
 
 use gptq_format::PackedLinear;
 use gptq_kernels::quantize::QuantizeBackend;
 
 use crate::{Layer, LlamaConfig, LlamaError, TokenRows, Watch, WeightSource};
+pub use budget::{Allocation, BudgetError, Choice, FormatCost, LayerFormat, allocate};
 pub use job::{Existing, QuantizeJob, QuantizeOutcome};
 pub use journal::OutputError;
 pub use options::QuantizeOptions;
 pub(crate) use plan::Plan;
 pub use plan::RuleError;
 pub use report::{LayerSummary, QuantizeReport, RunTimes};
+pub use sensitivity::{Divergence, FormatLoss, LayerSensitivity, Sensitivities, SensitivityJob};
 use store::Forward;
+pub use trial::{Recipe, Trial, TrialError, TrialResult, TrialScore};
 
 /// By what a model is quantised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -171,7 +171,7 @@ fn set(builder: GptqConfigBuilder, key: &str, value: &Value) -> Result<GptqConfi
 }
 
 /// A builder that starts from settings.
-fn builder_of(config: &GptqConfig) -> GptqConfigBuilder {
+pub(super) fn builder_of(config: &GptqConfig) -> GptqConfigBuilder {
     GptqConfig::builder()
         .bits(config.bits())
         .group_size(config.group_size().map(|size| size.get()))
