@@ -15,7 +15,8 @@
 //!
 //! # Streams and graphs
 //!
-//! Work is queued on the stream that the output belongs to; a caller that uses several streams orders them itself. A
+//! Work is queued on the stream that the output belongs to; a caller that uses several streams orders them itself. The memory
+//! of a layer is freed in the order of the stream that it was prepared on: other streams have to be done with it by then. A
 //! forward pass allocates nothing, waits for nothing and changes no state, so it can be recorded in a CUDA graph and run
 //! from several threads. cudarc records events on slices once a context has a second stream, which breaks the recording
 //! of graphs: [`CudaDevice::new`] switches that off for its context; a caller with a context of its own does so with

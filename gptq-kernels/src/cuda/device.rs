@@ -148,7 +148,8 @@ impl<T: Element> CudaDevice<T> {
     /// and others run the images that older GPUs get. For tests on a GPU that is newer than what has to be tested.
     #[must_use]
     pub fn limited_to(&self, capability: (u32, u32)) -> Self {
-        Self { capability: self.capability.min(capability), ..self.clone() }
+        // Its operations are other images.
+        Self { capability: self.capability.min(capability), operations: Arc::default(), ..self.clone() }
     }
 
     /// The stream that [`alloc`](Device::alloc), [`upload`](Device::upload), [`download`](Device::download) and

@@ -287,12 +287,13 @@ impl Function {
 }
 
 /// Memory of a prepared layer: written once, read by its kernel.
+///
+/// It is freed in the order of the stream that it was made on. Waiting for the whole context instead would be an error
+/// whenever any stream of it, another thread's too, is being recorded, and would break that recording.
 pub(super) struct Resident {
     address: u64,
     bytes: usize,
-    /// Freed when nothing on the device can be reading it any more.
-    slice: Option<Box<dyn std::any::Any + Send + Sync>>,
-    context: Arc<CudaContext>,
+    _slice: Option<Box<dyn std::any::Any + Send + Sync>>,
 }
 
 impl Resident {
@@ -301,14 +302,13 @@ impl Resident {
         stream: &Arc<CudaStream>,
         data: &[E],
     ) -> Result<Self, KernelError> {
-        let context = Arc::clone(stream.context());
         let bytes = size_of_val(data);
         if data.is_empty() {
-            return Ok(Self { address: 0, bytes, slice: None, context });
+            return Ok(Self { address: 0, bytes, _slice: None });
         }
         let failed = |error: DriverError| match error.0 {
             sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                let (free, total) = context.mem_get_info().unwrap_or_default();
+                let (free, total) = stream.context().mem_get_info().unwrap_or_default();
                 KernelError::OutOfGpuMemory { bytes, free, total }
             }
             _ => gpu_error("copying a layer to the GPU", error),
@@ -316,7 +316,7 @@ impl Resident {
         let slice: CudaSlice<E> = stream.clone_htod(data).map_err(failed)?;
         stream.synchronize().map_err(failed)?;
         let address = slice.device_ptr(stream).0;
-        Ok(Self { address, bytes, slice: Some(Box::new(slice)), context })
+        Ok(Self { address, bytes, _slice: Some(Box::new(slice)) })
     }
 
     /// Memory of zeros, and its address, for work on `stream` to fill.
@@ -326,8 +326,7 @@ impl Resident {
     ) -> Result<Self, KernelError> {
         let slice = zeros::<E>(stream, len)?;
         let (address, bytes) = (slice.device_ptr(stream).0, len * size_of::<E>());
-        let context = Arc::clone(stream.context());
-        Ok(Self { address, bytes, slice: Some(Box::new(slice)), context })
+        Ok(Self { address, bytes, _slice: Some(Box::new(slice)) })
     }
 
     /// Address on the device; 0 if there are no elements.
@@ -338,15 +337,6 @@ impl Resident {
     /// Size.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
-    }
-}
-
-impl Drop for Resident {
-    fn drop(&mut self) {
-        // Streams other than the allocating one may still read. An error means that the context is lost, and then
-        // nothing reads.
-        let _ = self.context.synchronize();
-        self.slice = None;
     }
 }
 
