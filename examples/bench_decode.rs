@@ -17,9 +17,10 @@ use gptq_examples::{
     shape::Shape,
     table,
 };
-use gptq_kernels::{Backend, CostTable, Epilogue, LinearSpec, Selector, WeightFormat, Workload};
+use gptq_kernels::{Backend, CostTable, Draw, Epilogue, LinearSpec, Selector, WeightFormat, Workload};
 use gptq_llama::{
-    Feed, KvCache, Llama, LlamaConfig, LlamaError, LoadOptions, Rng, SequenceId, Timings, Wanted,
+    Drawing, Feed, KvCache, Llama, LlamaConfig, LlamaError, LoadOptions, Next, Rng, SequenceId, Timings,
+    Turn, Wanted,
 };
 
 /// What an H200 reads and computes in a second, by `--device cuda`'s floor.
@@ -35,7 +36,8 @@ const PART_STEPS: usize = 32;
 /// Measures prefill and decode of a model with random weights made in memory, int4 in symmetric groups of 128 or fp16, or of
 /// a model folder.
 ///
-/// Every context is measured with every batch; what finds no memory is skipped with a line that says why. Decode is greedy.
+/// Every context is measured with every batch; what finds no memory is skipped with a line that says why. Decode is greedy
+/// unless told otherwise.
 /// GB/s counts the bytes of linear weights that one step has to read; the floor of a GPU is those bytes and those of the
 /// caches at 4.3 TB/s, or the multiplications at 790 TFLOP/s if that takes longer: an H200's. The table of parts comes from a
 /// second run that waits for every part, which takes some microseconds each time.
@@ -72,6 +74,9 @@ struct Args {
     /// Tokens to generate
     #[arg(long = "new", default_value_t = 128, value_name = "N")]
     new_tokens: usize,
+    /// Draw with temperature 0.8, top-k 40 and top-p 0.95 instead of taking the likeliest token
+    #[arg(long)]
+    sample: bool,
     /// Output projection [default: int4 on the CPU, fp16 on a GPU]
     #[arg(long, value_enum)]
     lm_head: Option<Head>,
@@ -229,7 +234,11 @@ impl Args {
             let mut rng = Rng::new(1);
             let prompt: Vec<u32> =
                 (0..context.max(1)).map(|_| (rng.next_u64() % vocabulary) as u32).collect();
-            let mut bench = Bench::new(model, self.longest(), self.step)?;
+            let draw = match self.sample {
+                true => Draw { temperature: 0.8, top_k: 40, top_p: 0.95, min_p: 0.0, random: rng.next_u64() },
+                false => Draw::GREEDY,
+            };
+            let mut bench = Bench::new(model, self.longest(), self.step, draw)?;
             // Buffers, pages and weights are touched once before anything is measured.
             bench.grow(&prompt, 1)?;
             bench.decode(WARM_UP)?;
@@ -386,12 +395,13 @@ struct Bench<'m, D: Backend> {
     /// The token after the prompt, and the one to be fed next.
     first: Vec<u32>,
     next: Vec<u32>,
+    draw: Draw,
 }
 
 impl<'m, D: Backend> Bench<'m, D> {
-    fn new(model: &'m Llama<D>, longest: usize, at_a_time: usize) -> Result<Self, Failure> {
+    fn new(model: &'m Llama<D>, longest: usize, at_a_time: usize, draw: Draw) -> Result<Self, Failure> {
         let cache = model.cache(longest)?;
-        Ok(Self { model, cache, at_a_time, sequences: Vec::new(), first: Vec::new(), next: Vec::new() })
+        Ok(Self { model, cache, at_a_time, sequences: Vec::new(), first: Vec::new(), next: Vec::new(), draw })
     }
 
     fn clear(&mut self) -> Result<(), Failure> {
@@ -433,23 +443,34 @@ impl<'m, D: Backend> Bench<'m, D> {
         Ok(times)
     }
 
-    /// Greedy steps of all sequences, and the time of each.
+    /// Steps of all sequences, and the time of each, from token to token. Where work is queued, the next step is begun before
+    /// the tokens of one are known.
     fn decode(&mut self, steps: usize) -> Result<Vec<Duration>, Failure> {
         let mut times = Vec::with_capacity(steps);
-        for _ in 0..steps {
-            let start = Instant::now();
-            let tokens = std::mem::take(&mut self.next);
-            let feeds: Vec<Feed<'_>> = self
-                .sequences
-                .iter()
-                .zip(tokens.chunks(1))
-                .map(|(&sequence, tokens)| Feed { sequence, tokens, logits: Wanted::Last })
-                .collect();
-            let best = self.model.forward(&mut self.cache, &feeds)?.argmax()?;
-            self.next = best.into_iter().collect::<Option<_>>().ok_or("the model computed NaN")?;
+        let given = std::mem::take(&mut self.next);
+        let mut start = Instant::now();
+        let mut begun = None;
+        for left in (0..steps).rev() {
+            let drawing = match begun.take() {
+                Some(drawing) => drawing,
+                None if times.is_empty() => self.begin_step(|i| Next::Tokens(&given[i..=i]))?,
+                None => self.begin_step(|_| Next::Drawn)?,
+            };
+            if D::QUEUES && left > 0 {
+                begun = Some(self.begin_step(|_| Next::Drawn)?);
+            }
+            let tokens = self.model.drawn(&mut self.cache, drawing)?;
+            self.next = tokens.into_iter().collect::<Option<_>>().ok_or("the model computed NaN")?;
             times.push(start.elapsed());
+            start = Instant::now();
         }
         Ok(times)
+    }
+
+    fn begin_step<'t>(&mut self, next: impl Fn(usize) -> Next<'t>) -> Result<Drawing, Failure> {
+        let turn = |(i, &sequence)| Turn { sequence, next: next(i), draw: self.draw };
+        let turns: Vec<Turn<'_>> = self.sequences.iter().enumerate().map(turn).collect();
+        Ok(self.model.step(&mut self.cache, &turns)?)
     }
 }
 
@@ -490,6 +511,7 @@ fn parts(prefill: &Timings, decode: &Timings, prompt: usize) -> Vec<Vec<String>>
             ("silu * up", timings.activation),
             ("down", timings.down),
             ("lm_head", timings.lm_head),
+            ("drawing", timings.draw),
         ]
     };
     let steps = decode.steps;

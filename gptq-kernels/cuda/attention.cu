@@ -2,9 +2,10 @@
 //
 // `prefill` does any step: a block has 64 queries of a tile of rows and walks over their pages, two of which are on their
 // way at a time. `decode` does steps in which every sequence has one row, rotates queries and keys and writes the new ones
-// itself: a block has a chunk of four pages, a warp each, and fetches them ahead of the wait for the kernel before it, since
-// all but the new token has been there since an earlier step; the last block of a row and head merges the chunks.
-#include "page.cuh"
+// itself: a block walks over chunks of four pages, a warp each, and fetches ahead, at first ahead of the wait for the kernel
+// before it, since all but the new token has been there since an earlier step. Where several blocks share the chunks of a
+// row and head, the last of them merges what they give.
+#include "ring.cuh"
 
 struct AttentionArgs {
     const u16* qkv;         // (rows, (heads + 2 kv_heads) * head_dim)
@@ -17,12 +18,13 @@ struct AttentionArgs {
     const float* cos;       // (positions, head_dim / 2)
     const float* sin;
     float* partials;        // decode: (rows, heads, chunks, padded) sums, then (rows, heads, chunks, 2) states
-    u32* tickets;           // decode: (gridDim.y), zero before and after
+    u32* tickets;           // decode: (gridDim.y), zero before and after; used if gridDim.x > 1
     u64 stride, y_stride;
     u32 rows, heads, kv_heads, head_dim;
     u32 window;             // 0 for none
     u32 chunks;             // decode: for which there is room
-    u32 stages;             // prefill: pages that shared memory holds, 1 or 2
+    u32 kept;               // decode: chunks for whose sums a block has room, 0 if they go to `partials`; then gridDim.x is 1 or a cluster
+    u32 stages;             // prefill: pages that shared memory holds, 1 or 2; decode: halves of pages for each warp, 1 to 4
     u32 vectors;            // prefill: heads of qkv are aligned to 16 bytes, those of y to 4
     float scale;            // log2(e) / sqrt(head_dim)
 };
@@ -59,8 +61,8 @@ DEVICE void prefill(const AttentionArgs& args) {
     auto stage_of = [&](u32 page) { return ring + (args.stages == 2 ? page % 2 * Page<P>::BYTES : 0); };
     auto fetch = [&](u32 page) {
         const u32 to = stage_of(page);
-        fetch_keys<P>(to, page_of<P>(args, 0, table[page], kv_head), lane, warp, WARPS);
-        fetch_values<P>(to + Page<P>::HALF_BYTES, page_of<P>(args, 1, table[page], kv_head), lane, warp, WARPS);
+        fetch_half<P>(to, page_of<P>(args, 0, table[page], kv_head), lane, warp, WARPS);
+        fetch_half<P>(to + Page<P>::HALF_BYTES, page_of<P>(args, 1, table[page], kv_head), lane, warp, WARPS);
     };
     fetch(first_page);
     commit_copies();
@@ -193,35 +195,57 @@ DEVICE void decode(const AttentionArgs& args) {
     constexpr u32 THREADS = CHUNK_PAGES * 32, ROW = P * 2;
     extern __shared__ __align__(128) u8 shared_memory[];
     const u32 shared = shared_address(shared_memory), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // Shared memory: a page for each warp, later the sums of its queries; queries; the new key and value; states.
-    const u32 keys = shared + warp * Page<P>::BYTES, values = keys + Page<P>::HALF_BYTES;
-    const u32 queries = shared + CHUNK_PAGES * Page<P>::BYTES, new_key = queries + QUERIES * ROW, new_value = new_key + ROW;
-    const u32 states = new_value + ROW;
+    const u32 group = args.heads / args.kv_heads, parts = (group + QUERIES - 1) / QUERIES;
+    // Shared memory: a ring for each warp; queries; the new key and value; states and sums of each query, those of the pages of
+    // a chunk and those of the chunks that are done; barriers.
+    const u32 queries = shared + CHUNK_PAGES * args.stages * Ring<P>::BYTES, new_key = queries + QUERIES * ROW;
+    const u32 new_value = new_key + ROW, states = new_value + ROW, done_states = states + QUERIES * CHUNK_PAGES * 8;
+    const u32 sums = done_states + 2 * QUERIES * 8, query_sums = min(group, QUERIES) * P * 4;
+    const u32 done_sums = sums + CHUNK_PAGES * query_sums, done_slots = args.kept == 0 ? 1 : args.kept;
+    const u32 slot_states = done_sums + done_slots * query_sums;
+    const u32 barriers = slot_states + args.kept * QUERIES * 8 + warp * args.stages * 8;
     release_next();
 
-    const u32 group = args.heads / args.kv_heads, parts = (group + QUERIES - 1) / QUERIES;
     const u32 row = blockIdx.y / (args.kv_heads * parts), part = blockIdx.y % parts, kv_head = blockIdx.y / parts % args.kv_heads;
     const u32 first_head = kv_head * group + part * QUERIES;
     const u32 count = min((u32)QUERIES, (kv_head + 1) * group - first_head);
     const u32 position = args.positions[row];
-    const u32 first = first_seen(args.window, position), first_page = first / PAGE_LEN, last_page = position / PAGE_LEN;
-    const u32 first_chunk = first_page / CHUNK_PAGES, chunk = first_chunk + blockIdx.x;
-    const u32 chunks = last_page / CHUNK_PAGES - first_chunk + 1;
-    if (blockIdx.x >= chunks) return;  // those of chunk 0 wait, so that the grid never ends before the one in front of it
-    const u32 page = chunk * CHUNK_PAGES + warp;
-    const bool active = page >= first_page && page <= last_page, newest = page == last_page;
     const u32* table = args.pages + args.page_bases[row];
-    if (active) {
-        fetch_keys<P>(keys, page_of<P>(args, 0, table[page], kv_head), lane, 0, 1);
-        commit_copies();
-        fetch_values<P>(values, page_of<P>(args, 1, table[page], kv_head), lane, 0, 1);
-        commit_copies();
-    }
+    const u32 first = first_seen(args.window, position), first_page = first / PAGE_LEN, last_page = position / PAGE_LEN;
+    const u32 first_chunk = first_page / CHUNK_PAGES, last_chunk = last_page / CHUNK_PAGES, chunks = last_chunk - first_chunk + 1;
+    const bool alone = gridDim.x == 1, shared_merge = IMAGE_SM90 && !alone && args.kept > 0;
+    // Those of chunk 0 wait, so that the grid never ends before the one in front of it.
+    if (blockIdx.x >= chunks && !shared_merge) return;
+
+    const u16 *stored_keys = (const u16*)args.store[0], *stored_values = (const u16*)args.store[1];
+    auto half_of = [&](bool values, u32 at) {
+        return (values ? stored_values : stored_keys) + (u64)(at * args.kv_heads + kv_head) * PAGE_LEN * P;
+    };
+    const u32 newest_place = table[last_page];
+
+    // The warp's pages are every `stride`th one; only the first and the last chunk may lack some.
+    const u32 stride = gridDim.x * CHUNK_PAGES;
+    u32 page = (first_chunk + blockIdx.x) * CHUNK_PAGES + warp;
+    u32 ahead = page < first_page ? page + stride : page;  // the page whose halves are fetched next
+    bool values_next = false;
+    u32 place = ahead <= last_page ? table[ahead] : 0;
+    Ring<P> ring(args.stages, shared + warp * args.stages * Ring<P>::BYTES, barriers, lane);
+    auto fetch = [&] {
+        ring.fetch(ahead <= last_page, half_of(values_next, place));
+        if (values_next) {
+            ahead += stride;
+            if (ahead <= last_page) place = table[ahead];
+        }
+        values_next = !values_next;
+    };
+    for (u32 i = 0; i < args.stages; ++i) fetch();
+
     // A thread has feature d and its partner in every PASS-th query; the first threads the new key too, the next ones the new
     // value. All reads are on their way at once. Features of padding are zero.
     constexpr u32 PAIRS = P / 2, PASS = THREADS / PAIRS, STEPS = QUERIES / PASS;
     const u32 half = args.head_dim / 2, d = threadIdx.x % PAIRS, lead = threadIdx.x / PAIRS;
-    const bool real = lead < PASS && d < half, last_chunk = chunk == last_page / CHUNK_PAGES, fresh = last_chunk && lead < 2;
+    const bool real = lead < PASS && d < half, newest_here = (last_chunk - first_chunk) % gridDim.x == blockIdx.x;
+    const bool fresh = newest_here && lead < 2;
     const float cosine = real ? args.cos[(u64)position * half + d] : 1.0f, sine = real ? args.sin[(u64)position * half + d] : 0.0f;
     await_previous();
 
@@ -251,132 +275,188 @@ DEVICE void decode(const AttentionArgs& args) {
         }
     }
     __syncthreads();
+    u32 q[P / 16][4];
+    load_queries<P>(q, queries, ROW, lane);
 
-    if (active) {
-        const u32 slot = position % PAGE_LEN;
-        wait_for_groups<1>();
-        // The new key, into the pieces of the lanes that have it.
-        if (newest && lane / 8 == slot / 8 % 4 && lane / 4 % 2 == slot % 2) {
-            const u32 nt = 4 * (slot / 32) + slot % 8 / 2;
-#pragma unroll
-            for (u32 j = 0; j < P / 32; ++j)
-                store_shared_16(keys + ((nt * (P / 32) + j) * 32 + lane) * 16, load_shared_16(new_key + (32 * j + lane % 4 * 8) * 2));
-        }
-        u32 q[P / 16][4], weights[4][4];
-        load_queries<P>(q, queries, ROW, lane);
-        const i32 start = page * PAGE_LEN;
-        const i32 page_first[2] = {(i32)first - start, (i32)first - start};
-        const i32 page_end[2] = {(i32)position + 1 - start, (i32)position + 1 - start};
-        const State state = page_weights<Half, P>(weights, q, keys, lane, args.scale, page_first, page_end);
-        wait_for_groups<0>();
-        // The keys are not needed any more; the sums take their place, (count, P).
-        __syncwarp();
-        const u32 c = lane / 4;
-        auto keep = [&](const float (&sum)[4], u32 n) {
-            const u32 at = 8 * n + lane % 4 * 2;
-#pragma unroll
-            for (u32 e = 0; e < 4; ++e) store_shared_float_if(c + e / 2 * 8 < count, keys + ((c + e / 2 * 8) * P + at + e % 2) * 4, sum[e]);
-        };
-        if (newest) {
-            const NewValue at = new_value_at(slot, lane);
-#pragma unroll
-            for (u32 n = 0; n < P / 8; ++n) {
-                float sum[4];
-                newest_page_sum<Half>(sum, weights, values, lane, n, at, load_shared_2(new_value + (8 * n + c) * 2));
-                keep(sum, n);
-            }
-        } else {
-#pragma unroll
-            for (u32 n = 0; n < P / 8; ++n) {
-                float sum[4];
-                page_sum<Half>(sum, weights, values, lane, n);
-                keep(sum, n);
-            }
-        }
-#pragma unroll
-        for (u32 h = 0; h < 2; ++h) {
-            const u32 at = states + ((c + 8 * h) * CHUNK_PAGES + warp) * 8;
-            store_shared_float_if(lane % 4 == 0, at, state.max[h]);
-            store_shared_float_if(lane % 4 == 0, at + 4, state.sum[h]);
+    const u32 slot = position % PAGE_LEN, c = lane / 4;
+    // Whoever reads the page meanwhile puts the new key and value in the place of what was read.
+    if (newest_here && part == 0) {
+        u16 *key = (u16*)half_of(false, newest_place), *value = (u16*)half_of(true, newest_place);
+        for (u32 i = threadIdx.x; i < P; i += THREADS) {
+            key[key_place(slot, i, P)] = (u16)load_shared_2(new_key + i * 2);
+            value[value_place(slot, i)] = (u16)load_shared_2(new_value + i * 2);
         }
     }
-    __syncthreads();
 
-    // Merge the pages of the chunk in order.
-    const u32 from = max(first_page, chunk * CHUNK_PAGES) % CHUNK_PAGES, to = min(last_page, chunk * CHUNK_PAGES + CHUNK_PAGES - 1) % CHUNK_PAGES;
     const u64 head_rows = (u64)args.rows * args.heads;
     u16* y = args.y + row * args.y_stride + first_head * args.head_dim;
+    auto finish = [&](u32 i, float sum, float total) {
+        const u32 feature = i % P;
+        if (feature < args.head_dim) y[i / P * args.head_dim + feature] = Half::from_float(__fmul_rn(sum, 1.0f / total));
+    };
+
 #pragma unroll 1
-    for (u32 i = threadIdx.x; i < count * P; i += THREADS) {
-        const u32 query = i / P, d = i % P;
-        float max = NEGATIVE_INFINITY, total = 0.0f, sum = 0.0f, a, b;
+    for (u32 chunk = first_chunk + blockIdx.x; chunk <= last_chunk; chunk += gridDim.x, page += stride) {
+        const bool active = page >= first_page && page <= last_page, newest = page == last_page;
+        u32 weights[4][4];
+        State state;
+        if (active) {
+            const u32 keys = ring.next();
+            // The new key, into the pieces of the lanes that have it.
+            if (newest && lane / 8 == slot / 8 % 4 && c % 2 == slot % 2) {
+                const u32 nt = 4 * (slot / 32) + slot % 8 / 2;
+#pragma unroll
+                for (u32 j = 0; j < P / 32; ++j)
+                    store_shared_16(keys + ((nt * (P / 32) + j) * 32 + lane) * 16, load_shared_16(new_key + (32 * j + lane % 4 * 8) * 2));
+            }
+            const i32 start = page * PAGE_LEN;
+            const i32 page_first[2] = {(i32)first - start, (i32)first - start};
+            const i32 page_end[2] = {(i32)position + 1 - start, (i32)position + 1 - start};
+            state = page_weights<Half, P>(weights, q, keys, lane, args.scale, page_first, page_end);
+            __syncwarp();
+            fetch();
+        }
+        // Before states and sums of the chunk before are overwritten, all have read them.
+        if (chunk > first_chunk + blockIdx.x) __syncthreads();
+        if (active) {
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+                const u32 at = states + ((c + 8 * h) * CHUNK_PAGES + warp) * 8;
+                store_shared_float_if(lane % 4 == 0, at, state.max[h]);
+                store_shared_float_if(lane % 4 == 0, at + 4, state.sum[h]);
+            }
+            const u32 values = ring.next();
+            constexpr u32 EIGHTS = 4;
+            auto sum_up = [&](auto is_newest, const NewValue& at) {
+#pragma unroll
+                for (u32 n = 0; n < P / 8; n += EIGHTS) {
+                    float sum[EIGHTS][4];
+                    page_sums<Half, EIGHTS, decltype(is_newest)::VALUE>(
+                        sum, weights, values, lane, n, at, [&](u32 n) { return load_shared_2(new_value + (8 * n + c) * 2); });
+#pragma unroll
+                    for (u32 h = 0; h < 2; ++h) {
+                        if (c + 8 * h >= count) continue;
+#pragma unroll
+                        for (u32 k = 0; k < EIGHTS; ++k)
+                            store_shared_8(sums + ((warp * count + c + 8 * h) * P + 8 * (n + k) + lane % 4 * 2) * 4,
+                                           {__float_as_uint(sum[k][2 * h]), __float_as_uint(sum[k][2 * h + 1])});
+                    }
+                }
+            };
+            if (newest) sum_up(Yes(), new_value_at(slot, lane));
+            else sum_up(No(), NewValue());
+            __syncwarp();
+            fetch();
+        }
+        __syncthreads();
+
+        // The pages of the chunk are merged in order; then, in a block that has all chunks, the chunks.
+        const u32 from = max(first_page, chunk * CHUNK_PAGES) % CHUNK_PAGES;
+        const u32 to = min(last_page, chunk * CHUNK_PAGES + CHUNK_PAGES - 1) % CHUNK_PAGES;
 #pragma unroll 1
-        for (u32 w = from; w <= to; ++w) {
-            const u32 at = states + (query * CHUNK_PAGES + w) * 8;
-            merge_factors(max, load_shared_float(at), a, b);
-            total = merged(total, a, load_shared_float(at + 4), b);
-            sum = merged(sum, a, load_shared_float(shared + w * Page<P>::BYTES + i * 4), b);
-        }
-        if (chunks == 1) {
-            // A single chunk merges with nothing, which changes nothing.
-            if (d < args.head_dim) y[query * args.head_dim + d] = Half::from_float(__fmul_rn(sum, 1.0f / total));
-            continue;
-        }
-        const u64 head = ((u64)row * args.heads + first_head + query) * args.chunks + blockIdx.x;
-        args.partials[head * P + d] = sum;
-        if (d == 0) {
-            float* state = args.partials + head_rows * args.chunks * P + head * 2;
-            state[0] = max, state[1] = total;
+        for (u32 i = threadIdx.x; i < count * P; i += THREADS) {
+            const u32 query = i / P;
+            float max = NEGATIVE_INFINITY, total = 0.0f, sum = 0.0f;
+            merge_in_order<CHUNK_PAGES>(
+                max, total, sum, to - from + 1,
+                [&](u32 k) {
+                    const u32 at = states + (query * CHUNK_PAGES + from + k) * 8;
+                    return float2{load_shared_float(at), load_shared_float(at + 4)};
+                },
+                [&](u32 k) { return load_shared_float(sums + ((from + k) * count * P + i) * 4); });
+            if (alone) {
+                // Every thread of a query needs the state that the chunks before have left, while one writes the next.
+                const u32 old = done_states + (chunk % 2 * QUERIES + query) * 8, next = done_states + ((chunk + 1) % 2 * QUERIES + query) * 8;
+                float done_max = NEGATIVE_INFINITY, done_total = 0.0f, done_sum = 0.0f;
+                if (chunk > first_chunk) {
+                    done_max = load_shared_float(old), done_total = load_shared_float(old + 4);
+                    done_sum = load_shared_float(done_sums + i * 4);
+                }
+                float a, b;
+                merge_factors(done_max, max, a, b);
+                done_total = merged(done_total, a, total, b);
+                done_sum = merged(done_sum, a, sum, b);
+                if (chunk == last_chunk) {
+                    finish(i, done_sum, done_total);
+                } else {
+                    store_shared_float_if(true, done_sums + i * 4, done_sum);
+                    store_shared_float_if(i % P == 0, next, done_max);
+                    store_shared_float_if(i % P == 0, next + 4, done_total);
+                }
+                continue;
+            }
+            if (shared_merge) {
+                const u32 slot = (chunk - first_chunk) / gridDim.x;
+                store_shared_float_if(true, done_sums + slot * query_sums + i * 4, sum);
+                store_shared_float_if(i % P == 0, slot_states + (slot * QUERIES + query) * 8, max);
+                store_shared_float_if(i % P == 0, slot_states + (slot * QUERIES + query) * 8 + 4, total);
+                continue;
+            }
+            const u64 head = ((u64)row * args.heads + first_head + query) * args.chunks + (chunk - first_chunk);
+            args.partials[head * P + i % P] = sum;
+            if (i % P == 0) {
+                float* state = args.partials + head_rows * args.chunks * P + head * 2;
+                state[0] = max, state[1] = total;
+            }
         }
     }
-    if (last_chunk && part == 0) {
-        u16* key = (u16*)page_of<P>(args, 0, table[last_page], kv_head) + position % PAGE_LEN * P;
-        u16* value = (u16*)page_of<P>(args, 1, table[last_page], kv_head) + position % PAGE_LEN;
-        for (u32 i = threadIdx.x; i < P; i += THREADS) {
-            key[i] = (u16)load_shared_2(new_key + i * 2);
-            value[i * PAGE_LEN] = (u16)load_shared_2(new_value + i * 2);
+    if (alone) return;
+
+#if IMAGE_SM90
+    if (shared_merge) {
+        // Each block of the cluster merges a part of the elements.
+        cluster_arrive();
+        cluster_wait();
+#pragma unroll 1
+        for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < count * P; i += gridDim.x * THREADS) {
+            float max = NEGATIVE_INFINITY, total = 0.0f, sum = 0.0f;
+            constexpr u32 BATCH = 8;
+#pragma unroll 1
+            for (u32 start = 0; start < chunks; start += BATCH) {
+                merge_in_order<BATCH>(
+                    max, total, sum, chunks - start,
+                    [&](u32 k) {
+                        const u32 rank = (start + k) % gridDim.x, at = slot_states + ((start + k) / gridDim.x * QUERIES + i / P) * 8;
+                        return float2{load_remote_float(at, rank), load_remote_float(at + 4, rank)};
+                    },
+                    [&](u32 k) { return load_remote_float(done_sums + (start + k) / gridDim.x * query_sums + i * 4, (start + k) % gridDim.x); });
+            }
+            finish(i, sum, total);
         }
+        // A block's sums are there until all have read them.
+        cluster_arrive();
+        cluster_wait();
+        return;
     }
-    if (chunks == 1) return;
+#endif
 
     // The block that comes last merges the chunks.
     __shared__ u32 ticket;
     __threadfence();
     __syncthreads();
     u32* tickets = args.tickets + blockIdx.y;
+    const u32 blocks = min(chunks, gridDim.x);
     if (threadIdx.x == 0) {
         ticket = atomicAdd(tickets, 1);
-        if (ticket == chunks - 1) *tickets = 0;
+        if (ticket == blocks - 1) *tickets = 0;
     }
     __syncthreads();
-    if (ticket != chunks - 1) return;
+    if (ticket != blocks - 1) return;
     __threadfence();
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < count * P; i += THREADS) {
-        const u32 query = i / P, d = i % P;
-        const u64 head = ((u64)row * args.heads + first_head + query) * args.chunks;
-        const float* sums = args.partials + head * P + d;
+        const u64 head = ((u64)row * args.heads + first_head + i / P) * args.chunks;
+        const float* chunk_sums = args.partials + head * P + i % P;
         const float2* chunk_states = (const float2*)(args.partials + head_rows * args.chunks * P) + head;
-        float max = NEGATIVE_INFINITY, total = 0.0f, sum = 0.0f, a, b;
-        constexpr u32 BATCH = 16;
+        float max = NEGATIVE_INFINITY, total = 0.0f, sum = 0.0f;
+        constexpr u32 BATCH = 8;
 #pragma unroll 1
         for (u32 start = 0; start < chunks; start += BATCH) {
-            float part[BATCH];
-            float2 state[BATCH];
-#pragma unroll
-            for (u32 k = 0; k < BATCH; ++k) {
-                const u32 at = min(start + k, chunks - 1);
-                part[k] = __ldcg(sums + (u64)at * P), state[k] = __ldcg(chunk_states + at);
-            }
-#pragma unroll
-            for (u32 k = 0; k < BATCH; ++k) {
-                if (start + k >= chunks) break;
-                merge_factors(max, state[k].x, a, b);
-                total = merged(total, a, state[k].y, b);
-                sum = merged(sum, a, part[k], b);
-            }
+            merge_in_order<BATCH>(
+                max, total, sum, chunks - start, [&](u32 k) { return __ldcg(chunk_states + start + k); },
+                [&](u32 k) { return __ldcg(chunk_sums + (u64)(start + k) * P); });
         }
-        if (d < args.head_dim) y[query * args.head_dim + d] = Half::from_float(__fmul_rn(sum, 1.0f / total));
+        finish(i, sum, total);
     }
 }
 
@@ -384,6 +464,6 @@ DEVICE void decode(const AttentionArgs& args) {
 extern "C" __global__ void __launch_bounds__(128) attention_prefill(const __grid_constant__ AttentionArgs args) {
     prefill<IMAGE_HALF, IMAGE_DIM>(args);
 }
-extern "C" __global__ void __launch_bounds__(128) attention_decode(const __grid_constant__ AttentionArgs args) {
+extern "C" __global__ void __launch_bounds__(128, IMAGE_DIM > 128 ? 1 : 3) attention_decode(const __grid_constant__ AttentionArgs args) {
     decode<IMAGE_HALF, IMAGE_DIM>(args);
 }

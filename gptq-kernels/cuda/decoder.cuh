@@ -75,8 +75,23 @@ DEVICE void rotate(float& a, float& b, float cos, float sin) {
     a = first;
 }
 
-// Tokens of one page. A page of one head is keys (PAGE_LEN, P), values (P, PAGE_LEN), with P the padded head_dim.
+// Tokens of one page. A page of one head is the keys and the values of 64 tokens, P features each with P the padded
+// head_dim, in the order in which the lanes of a warp use them (`page.cuh` says what for): pieces of 8 elements, piece i of
+// lane l at 8 (32 i + l). With c = l / 4 and t = l % 4:
+//
+//     keys,   piece nt * (P / 32) + j:  key 32 (nt / 4) + 8 (c / 2) + 2 (nt % 4) + c % 2, features 32 j + 8 t .. + 8
+//     values, piece 2 n + h:            feature 8 n + c, keys 32 h + 8 t .. + 8
 constexpr u32 PAGE_LEN = 64;
+
+// Where feature d of key `slot` is.
+DEVICE u32 key_place(u32 slot, u32 d, u32 padded) {
+    const u32 nt = slot / 32 * 4 + slot % 8 / 2, c = slot % 32 / 8 * 2 + slot % 2;
+    return ((nt * (padded / 32) + d / 32) * 32 + 4 * c + d % 32 / 8) * 8 + d % 8;
+}
+
+DEVICE u32 value_place(u32 slot, u32 d) {
+    return ((d / 8 * 2 + slot / 32) * 32 + d % 8 * 4 + slot % 32 / 8) * 8 + slot % 8;
+}
 
 // Rows of one tile of a step.
 constexpr u32 TILE_ROWS = 64;

@@ -3,14 +3,13 @@
 //
 // Images for sm_90 start before the kernel in front of them has ended; what that kernel does not write (weights, tables)
 // is fetched ahead of the wait.
-#include "decoder.cuh"
-
-constexpr u32 NONE = 0xFFFFFFFF;
+#include "draw.cuh"
 
 // y[r] = table[tokens[r]]; a token outside of the vocabulary gives NaN.
 struct EmbedArgs {
     const u16* table;   // (vocabulary, cols)
     const u32* tokens;  // (rows)
+    const u32* drawn;
     u16* y;
     u64 y_stride;
     u32 vocabulary, cols, vectors;
@@ -20,7 +19,8 @@ template <class Half>
 DEVICE void embed(const EmbedArgs& args) {
     release_next();
     await_previous();
-    const u32 token = args.tokens[blockIdx.x];
+    u32 token = args.tokens[blockIdx.x];
+    if (token & DRAWN) token = args.drawn[token & ~DRAWN];
     const u16* from = args.table + (u64)token * args.cols;
     u16* to = args.y + blockIdx.x * args.y_stride;
     for (u32 i = threadIdx.x * 8; i < args.cols; i += blockDim.x * 8) {
@@ -170,60 +170,6 @@ DEVICE void gather_rows(const GatherArgs& args) {
     for (u32 i = threadIdx.x; i < args.cols; i += blockDim.x) to[i] = from[i];
 }
 
-// out[r] = index of the largest element of row r, the first of equals; NONE if the row holds a NaN.
-struct ArgmaxArgs {
-    const u16* x;
-    u32* out;
-    u64 x_stride;
-    u32 cols, vectors;
-};
-
-constexpr u32 ARGMAX_THREADS = 1024;
-
-struct Best {
-    float value;
-    u32 index;  // NONE: none yet
-    bool nan;
-};
-
-DEVICE void improve(Best& best, float value, u32 index, bool nan) {
-    best.nan |= nan;
-    const bool better = index != NONE && (best.index == NONE || value > best.value || (value == best.value && index < best.index));
-    if (better) best.value = value, best.index = index;
-}
-
-template <class Half>
-DEVICE void argmax(const ArgmaxArgs& args) {
-    release_next();
-    await_previous();
-    const u16* x = args.x + blockIdx.x * args.x_stride;
-    Best best = {0.0f, NONE, false};
-#pragma unroll 4
-    for (u32 i = threadIdx.x * 8; i < args.cols; i += ARGMAX_THREADS * 8) {
-        float v[8];
-        load_8<Half>(v, x + i, args.cols - i, args.vectors);
-        const u32 count = min(8u, args.cols - i);
-#pragma unroll
-        for (u32 e = 0; e < 8; ++e)
-            if (e < count) improve(best, v[e], i + e, v[e] != v[e]);
-    }
-    auto across = [&](u32 lanes) {
-        for (u32 step = lanes / 2; step > 0; step /= 2) {
-            const float value = __shfl_xor_sync(~0u, best.value, step);
-            const u32 index = __shfl_xor_sync(~0u, best.index, step);
-            improve(best, value, index, __shfl_xor_sync(~0u, (u32)best.nan, step));
-        }
-    };
-    __shared__ Best warps[ARGMAX_THREADS / 32];
-    across(32);
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = best;
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
-    best = warps[threadIdx.x];
-    across(32);
-    if (threadIdx.x == 0) args.out[blockIdx.x] = best.nan ? NONE : best.index;
-}
-
 // Rotates queries and keys in place and writes keys and values to their pages. The first `rows` blocks take a row each;
 // after them come blocks that transpose the values of one tile and head.
 struct RopeArgs {
@@ -248,7 +194,7 @@ DEVICE void rope_append(const RopeArgs& args) {
         u16* row = args.qkv + blockIdx.x * args.stride;
         const u32 position = args.positions[blockIdx.x];
         const u32 page = args.pages[args.page_bases[blockIdx.x] + position / PAGE_LEN];
-        u16* keys = (u16*)args.store[0] + ((u64)page * args.kv_heads * PAGE_LEN + position % PAGE_LEN) * args.padded;
+        u16* keys = (u16*)args.store[0] + (u64)page * args.kv_heads * PAGE_LEN * args.padded;
         for (u32 i = threadIdx.x; i < (args.heads + args.kv_heads) * half; i += blockDim.x) {
             const u32 head = i / half, d = i % half;
             u16* at = row + head * args.head_dim + d;
@@ -257,8 +203,9 @@ DEVICE void rope_append(const RopeArgs& args) {
             const u16 first = Half::from_float(a), second = Half::from_float(b);
             at[0] = first, at[half] = second;
             if (head >= args.heads) {
-                u16* key = keys + (u64)(head - args.heads) * PAGE_LEN * args.padded + d;
-                key[0] = first, key[half] = second;
+                u16* key = keys + (u64)(head - args.heads) * PAGE_LEN * args.padded;
+                key[key_place(position % PAGE_LEN, d, args.padded)] = first;
+                key[key_place(position % PAGE_LEN, d + half, args.padded)] = second;
             }
         }
         return;
@@ -266,12 +213,12 @@ DEVICE void rope_append(const RopeArgs& args) {
     const u32 job = blockIdx.x - args.rows, head = job % args.kv_heads;
     const Tile tile = args.tiles[job / args.kv_heads];
     const u16* values = args.qkv + tile.row * args.stride + (args.heads + args.kv_heads + head) * args.head_dim;
-    // Eight positions at a time, aligned to eight, so that whole ones are one store.
+    // Eight positions at a time, aligned to eight: a piece of the page, and one store if they are all of the tile.
     const u32 first = tile.position / 8, groups = (tile.position + tile.rows + 7) / 8 - first;
     for (u32 i = threadIdx.x; i < groups * args.head_dim; i += blockDim.x) {
         const u32 d = i % args.head_dim, position = (first + i / args.head_dim) * 8;
         const u32 page = args.pages[tile.page_base + position / PAGE_LEN];
-        u16* to = (u16*)args.store[1] + ((u64)(page * args.kv_heads + head) * args.padded + d) * PAGE_LEN + position % PAGE_LEN;
+        u16* to = (u16*)args.store[1] + (u64)(page * args.kv_heads + head) * args.padded * PAGE_LEN + value_place(position % PAGE_LEN, d);
         u16 v[8];
         bool whole = true;
 #pragma unroll
@@ -299,5 +246,6 @@ OP(NORM_THREADS, add_rms_norm, NormArgs, (norm<IMAGE_HALF, true>))
 OP(256, add, ElementArgs, add<IMAGE_HALF>)
 OP(256, silu_mul, ElementArgs, silu_mul<IMAGE_HALF>)
 OP(512, gather, GatherArgs, gather_rows)
-OP(ARGMAX_THREADS, argmax, ArgmaxArgs, argmax<IMAGE_HALF>)
+OP(DRAW_THREADS, draw_greedy, DrawArgs, draw_greedy<IMAGE_HALF>)
+OP(DRAW_THREADS, draw_sampled, DrawArgs, draw_sampled<IMAGE_HALF>)
 OP(256, rope_append, RopeArgs, rope_append<IMAGE_HALF>)

@@ -4,14 +4,9 @@
 // chunk, then the chunks. That order depends on positions alone, so that it does not matter to a bit which warp, block or
 // kernel computes a page, nor what other queries there are: a page that a query does not see changes nothing exactly.
 //
-// Keys and values go through shared memory in pieces of 16 bytes, one for each lane, in the order in which lanes use them:
-// piece i of lane l lies at (i * 32 + l) * 16, whoever fetches it. The products are m16n8k16; their inner index is permuted
-// so that a lane's operands for two steps are 16 consecutive bytes. With c = l / 4 and t = l % 4:
-//
-//     keys,   piece nt * PAIRS + j:  key 32 (nt / 4) + 8 (c / 2) + 2 (nt % 4) + c % 2, features 32 j + 8 t .. + 8
-//     values, piece 2 n + h:         feature 8 n + c, keys 32 h + 8 t .. + 8
-//
-// so that score s[nt][e] belongs to key 32 (nt / 4) + 8 t + 2 (nt % 4) + e % 2 and query c + 8 (e / 2), and scores become the
+// Keys and values lie in pieces of 16 bytes, one for each lane, in the order in which lanes use them (`decoder.cuh`), in the
+// store and in shared memory. The products are m16n8k16; their inner index is permuted so that a lane's operands for two
+// steps are one piece. With t = l % 4 and c = l / 4, score s[nt][e] belongs to key 32 (nt / 4) + 8 t + 2 (nt % 4) + e % 2 and query c + 8 (e / 2), and scores become the
 // other product's operand where they are.
 #pragma once
 #include "decoder.cuh"
@@ -33,24 +28,11 @@ struct Page {
     static constexpr u32 HALF_BYTES = PIECES * 512, BYTES = 2 * HALF_BYTES;
 };
 
-// The key of a page that lane `lane` holds in pieces of n-tile `nt`.
-DEVICE u32 key_of(u32 nt, u32 lane) { return 32 * (nt / 4) + lane / 8 * 8 + 2 * (nt % 4) + lane / 4 % 2; }
-
-// Starts fetching pieces `first`, `first + step` ... of the keys.
+// Starts fetching pieces `first`, `first + step` ... of the keys or the values.
 template <u32 P>
-DEVICE void fetch_keys(u32 to, const u16* keys, u32 lane, u32 first, u32 step) {
+DEVICE void fetch_half(u32 to, const u16* from, u32 lane, u32 first, u32 step) {
 #pragma unroll 4
-    for (u32 i = first; i < Page<P>::PIECES; i += step) {
-        const u32 nt = i / Page<P>::PAIRS, j = i % Page<P>::PAIRS;
-        copy_16(to + (i * 32 + lane) * 16, keys + key_of(nt, lane) * P + 32 * j + lane % 4 * 8);
-    }
-}
-
-template <u32 P>
-DEVICE void fetch_values(u32 to, const u16* values, u32 lane, u32 first, u32 step) {
-#pragma unroll 4
-    for (u32 i = first; i < Page<P>::PIECES; i += step)
-        copy_16(to + (i * 32 + lane) * 16, values + (8 * (i / 2) + lane / 4) * PAGE_LEN + 32 * (i % 2) + lane % 4 * 8);
+    for (u32 i = first; i < Page<P>::PIECES; i += step) copy_16(to + (i * 32 + lane) * 16, from + (i * 32 + lane) * 8);
 }
 
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -113,15 +95,19 @@ DEVICE State page_weights(u32 (&weights)[4][4], const u32 (&q)[P / 16][4], u32 k
                           const i32 (&first)[2], const i32 (&end)[2]) {
     float s[8][4];
 #pragma unroll
-    for (u32 nt = 0; nt < 8; ++nt) {
+    for (u32 nt = 0; nt < 8; ++nt)
 #pragma unroll
         for (u32 e = 0; e < 4; ++e) s[nt][e] = 0.0f;
+    // Products that follow each other are of different sums: one that has to wait for the one before takes four times as long.
 #pragma unroll
-        for (u32 j = 0; j < P / 32; ++j) {
-            const uint4 k = load_shared_16(keys + ((nt * (P / 32) + j) * 32 + lane) * 16);
-            Half::mma(s[nt], q[2 * j], k.x, k.y);
-            Half::mma(s[nt], q[2 * j + 1], k.z, k.w);
-        }
+    for (u32 j = 0; j < P / 32; ++j) {
+        uint4 k[8];
+#pragma unroll
+        for (u32 nt = 0; nt < 8; ++nt) k[nt] = load_shared_16(keys + ((nt * (P / 32) + j) * 32 + lane) * 16);
+#pragma unroll
+        for (u32 nt = 0; nt < 8; ++nt) Half::mma(s[nt], q[2 * j], k[nt].x, k[nt].y);
+#pragma unroll
+        for (u32 nt = 0; nt < 8; ++nt) Half::mma(s[nt], q[2 * j + 1], k[nt].z, k[nt].w);
     }
     State state = empty_state();
 #pragma unroll
@@ -178,6 +164,7 @@ struct NewValue {
     u32 shift;
 };
 
+// Of the page of the new token: values behind it count as zero, whatever they are. A slot behind the page changes nothing.
 DEVICE NewValue new_value_at(u32 slot, u32 lane) {
     NewValue out;
     out.shift = slot % 2 * 16;
@@ -193,20 +180,33 @@ DEVICE NewValue new_value_at(u32 slot, u32 lane) {
     return out;
 }
 
-// `page_sum` of the page of the new token: values behind it count as zero, whatever they are, and its own is `value`.
-template <class Half>
-DEVICE void newest_page_sum(float (&sum)[4], const u32 (&weights)[4][4], u32 values, u32 lane, u32 n, const NewValue& at, u32 value) {
+// `page_sum` for N eights of features from `n` on. In the page of the new token `value(n)` is its value.
+template <class Half, u32 N, bool NEWEST, class F>
+DEVICE void page_sums(float (&sum)[N][4], const u32 (&weights)[4][4], u32 values, u32 lane, u32 n, const NewValue& at, F value) {
+    uint4 v[2][N];
+    u32 bits[N];
 #pragma unroll
-    for (u32 e = 0; e < 4; ++e) sum[e] = 0.0f;
-    const u32 bits = value << at.shift;
+    for (u32 k = 0; k < N; ++k) {
+        v[0][k] = load_shared_16(values + (2 * (n + k) * 32 + lane) * 16);
+        v[1][k] = load_shared_16(values + ((2 * (n + k) + 1) * 32 + lane) * 16);
+        if (NEWEST) bits[k] = value(n + k) << at.shift;
+#pragma unroll
+        for (u32 e = 0; e < 4; ++e) sum[k][e] = 0.0f;
+    }
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
-        uint4 v = load_shared_16(values + ((2 * n + h) * 32 + lane) * 16);
-        v.x = (v.x & at.keep[h][0]) | (bits & at.insert[h][0]);
-        v.y = (v.y & at.keep[h][1]) | (bits & at.insert[h][1]);
-        v.z = (v.z & at.keep[h][2]) | (bits & at.insert[h][2]);
-        v.w = (v.w & at.keep[h][3]) | (bits & at.insert[h][3]);
-        Half::mma(sum, weights[2 * h], v.x, v.y);
-        Half::mma(sum, weights[2 * h + 1], v.z, v.w);
+        if (NEWEST) {
+#pragma unroll
+            for (u32 k = 0; k < N; ++k) {
+                v[h][k].x = (v[h][k].x & at.keep[h][0]) | (bits[k] & at.insert[h][0]);
+                v[h][k].y = (v[h][k].y & at.keep[h][1]) | (bits[k] & at.insert[h][1]);
+                v[h][k].z = (v[h][k].z & at.keep[h][2]) | (bits[k] & at.insert[h][2]);
+                v[h][k].w = (v[h][k].w & at.keep[h][3]) | (bits[k] & at.insert[h][3]);
+            }
+        }
+#pragma unroll
+        for (u32 k = 0; k < N; ++k) Half::mma(sum[k], weights[2 * h], v[h][k].x, v[h][k].y);
+#pragma unroll
+        for (u32 k = 0; k < N; ++k) Half::mma(sum[k], weights[2 * h + 1], v[h][k].z, v[h][k].w);
     }
 }

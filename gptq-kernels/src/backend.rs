@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use crate::{DenseWeight, Device, KernelError, LinearKernel, MatMut, MatRef, Workspace};
+use crate::{DenseWeight, Device, Draw, KernelError, LinearKernel, MatMut, MatRef, Workspace};
 
 /// A device that can run a whole decoder: what a Llama needs besides quantised linear layers.
 ///
@@ -23,6 +23,9 @@ pub trait Backend: Device + Sized {
 
     /// Tokens in one page of the key-value store.
     const PAGE_LEN: usize;
+
+    /// Whether work is queued, so that the next step may well be begun before the tokens of this one are known.
+    const QUEUES: bool = false;
 
     /// Forward passes that have been recorded.
     type Recordings: Default + Send + Sync;
@@ -70,10 +73,10 @@ pub trait Backend: Device + Sized {
     /// An empty step.
     fn new_step(&self) -> Result<Self::Step, KernelError>;
 
-    /// Refills a step.
+    /// Refills a step. What was drawn in it before stays.
     ///
     /// Errors: [`KernelError::Argument`] if the sequences do not cover the tokens one after the other, if pages are
-    /// too few, or if two sequences would write the same page.
+    /// too few, if two sequences would write the same page, or if a token is to be one that was not drawn.
     fn set_step(&self, step: &mut Self::Step, plan: &StepPlan<'_>) -> Result<(), KernelError>;
 
     /// `y[r] = table[tokens[r]]`.
@@ -167,6 +170,21 @@ pub trait Backend: Device + Sized {
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError>;
 
+    /// Draws a token from each row of logits as the step's plan says, for the next step and for the host.
+    ///
+    /// Errors: [`KernelError::Argument`] if there is not one row for each draw of the plan.
+    fn draw(&self, step: &Self::Step, logits: MatRef<'_, Self>) -> Result<(), KernelError>;
+
+    /// Sends to the host what [`draw`](Self::draw) has drawn in the step as it is filled now; the number by which
+    /// [`drawn`](Self::drawn) knows it.
+    fn send_drawn(&self, step: &mut Self::Step) -> Result<u64, KernelError>;
+
+    /// The tokens that were sent under that number, `None` for logits that are not finite ([`Draw::token`]). Waits for them,
+    /// and for nothing behind them.
+    ///
+    /// Errors: [`KernelError::Argument`] if more than two steps have drawn since.
+    fn drawn(&self, step: &mut Self::Step, number: u64) -> Result<Vec<Option<u32>>, KernelError>;
+
     /// Index of the largest element of each row, the first of equals; `None` where the row holds a NaN. Waits.
     fn argmax(&self, x: MatRef<'_, Self>, out: &mut [Option<u32>]) -> Result<(), KernelError>;
 }
@@ -210,7 +228,7 @@ impl AttentionShape {
 }
 
 /// One forward step: some new tokens for each of some sequences.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct StepPlan<'a> {
     /// New tokens of all sequences, one after the other: the rows of the step.
     pub tokens: &'a [u32],
@@ -218,6 +236,19 @@ pub struct StepPlan<'a> {
     pub sequences: &'a [SequencePlan<'a>],
     /// Rows whose logits are wanted.
     pub outputs: &'a [u32],
+    /// Rows whose tokens the host need not know yet.
+    pub drawn: &'a [DrawnToken],
+    /// How a token is drawn from each output; none if no tokens are drawn.
+    pub draws: &'a [Draw],
+}
+
+/// A row of a step that takes a token that was drawn on the device, instead of the one in [`StepPlan::tokens`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DrawnToken {
+    /// The row.
+    pub row: usize,
+    /// The output from which the token was drawn, of the last step that drew.
+    pub output: usize,
 }
 
 /// What one sequence does in a step.
@@ -233,7 +264,7 @@ pub struct SequencePlan<'a> {
 
 impl StepPlan<'_> {
     /// Checks that the sequences cover the tokens one after the other, that their pages of `page_len` tokens have room, that
-    /// no two of them write the same page, and that the outputs are rows.
+    /// no two of them write the same page, that outputs and drawn tokens are rows, and that there is a draw for every output or none.
     ///
     /// Errors: [`KernelError::Argument`].
     pub fn validate(&self, page_len: usize) -> Result<(), KernelError> {
@@ -241,6 +272,12 @@ impl StepPlan<'_> {
         let argument = |what, got, limit| Err(KernelError::Argument { what, got, limit });
         if let Some(&row) = self.outputs.iter().find(|&&row| row as usize >= rows) {
             return argument("output row", row as usize, rows);
+        }
+        if let Some(drawn) = self.drawn.iter().find(|drawn| drawn.row >= rows) {
+            return argument("row of a drawn token", drawn.row, rows);
+        }
+        if !self.draws.is_empty() && self.draws.len() != self.outputs.len() {
+            return argument("draws", self.draws.len(), self.outputs.len() + 1);
         }
         let (mut row, mut written) = (0, Vec::with_capacity(self.sequences.len()));
         for sequence in self.sequences {

@@ -4,6 +4,9 @@
 // clippy.toml allows both in tests, but not in the functions that tests share.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+#[path = "cuda_decoder/draws.rs"]
+mod draws;
+
 use gptq_kernels::{
     AttentionShape, Backend, DenseData, DenseWeight, Device, KernelError, KvShape, MatMut, MatRef,
     SequencePlan, StepPlan, Unsupported, Workspace,
@@ -24,6 +27,11 @@ fn gpu<T: Element>() -> Option<CudaDevice<T>> {
         }
         Err(reason) => panic!("there is a GPU, but {reason}"),
     }
+}
+
+/// The first GPU, and the same with the kernels of older ones.
+fn both<T: Element>() -> Vec<CudaDevice<T>> {
+    gpu().map_or_else(Vec::new, |device: CudaDevice<T>| vec![device.limited_to((8, 0)), device])
 }
 
 /// Numbers in `[-1, 1)` that look random and are exact in `T`: Knuth's linear congruential generator.
@@ -160,7 +168,8 @@ fn lookups<T: Element>() {
         let tokens: Vec<u32> = (0..9).map(|i| (i * 31 + 5) % vocabulary as u32).collect();
         let sequences = [SequencePlan { rows: 0..9, past: 0, pages: &[0] }];
         let mut step = device.new_step().unwrap();
-        let plan = StepPlan { tokens: &tokens, sequences: &sequences, outputs: &[2, 8] };
+        let plan =
+            StepPlan { tokens: &tokens, sequences: &sequences, outputs: &[2, 8], ..StepPlan::default() };
         device.set_step(&mut step, &plan).unwrap();
         let mut y = device.alloc(9 * hidden).unwrap();
         device.embed(&embedding, &step, whole_mut(&mut y, 9, hidden)).unwrap();
@@ -175,6 +184,7 @@ fn lookups<T: Element>() {
             tokens: &[vocabulary as u32],
             sequences: &[SequencePlan { rows: 0..1, past: 0, pages: &[0] }],
             outputs: &[],
+            ..StepPlan::default()
         };
         device.set_step(&mut step, &bad).unwrap();
         let error = device.embed(&embedding, &step, whole_mut(&mut y, 1, hidden)).unwrap_err();
@@ -256,7 +266,12 @@ impl<T: Element> Fixture<T> {
         let rows = sequences.iter().map(|sequence| sequence.rows.len()).sum();
         let mut step = device.new_step().unwrap();
         let tokens = vec![0; rows];
-        device.set_step(&mut step, &StepPlan { tokens: &tokens, sequences, outputs: &[] }).unwrap();
+        device
+            .set_step(
+                &mut step,
+                &StepPlan { tokens: &tokens, sequences, outputs: &[], ..StepPlan::default() },
+            )
+            .unwrap();
         let (cols, width) = (shape.qkv_features(), shape.out_features());
         let mut qkv = upload(device, qkv);
         let mut y = upload(device, &vec![f32::NAN; rows * width]);
@@ -338,11 +353,10 @@ impl<T: Element> Fixture<T> {
     }
 }
 
-fn attention_equals_float64<T: Element>() {
-    let Some(device) = gpu::<T>() else { return };
+fn attention_equals_float64<T: Element>(device: &CudaDevice<T>) {
     for shape in ATTENTION {
         let rows = 331;
-        let mut fixture = Fixture::<T>::new(&device, shape, 400);
+        let mut fixture = Fixture::<T>::new(device, shape, 400);
         let qkv = noise::<T>(rows * shape.qkv_features(), 1);
         let pages = [3, 9, 4, 1, 0, 6];
         let y = fixture.step(&[SequencePlan { rows: 0..rows, past: 0, pages: &pages }], &qkv, true);
@@ -357,11 +371,10 @@ fn attention_equals_float64<T: Element>() {
 }
 
 /// Long contexts, in prefill and in decoding.
-fn long_attention<T: Element>() {
-    let Some(device) = gpu::<T>() else { return };
+fn long_attention<T: Element>(device: &CudaDevice<T>) {
     for shape in [shape(8, 2, 128, 0), shape(2, 2, 64, 5000)] {
         let rows = 8192;
-        let mut fixture = Fixture::<T>::new(&device, shape, rows);
+        let mut fixture = Fixture::<T>::new(device, shape, rows);
         let (cols, width) = (shape.qkv_features(), shape.out_features());
         let qkv = noise::<T>(rows * cols, 1);
         let pages: Vec<u32> = (0..128).map(|page| (page * 77 + 5) % 128).collect();
@@ -381,8 +394,7 @@ fn long_attention<T: Element>() {
 }
 
 /// The same sequence alone in one step; in uneven steps beside another; one row at a time; by one call or by two.
-fn batches_and_steps_change_no_bit<T: Element>() {
-    let Some(device) = gpu::<T>() else { return };
+fn batches_and_steps_change_no_bit<T: Element>(device: &CudaDevice<T>) {
     for shape in ATTENTION {
         let (cols, width) = (shape.qkv_features(), shape.out_features());
         let (len_a, len_b) = (601, 278);
@@ -390,14 +402,14 @@ fn batches_and_steps_change_no_bit<T: Element>() {
         let alone = |qkv: &[f32], pages: &[u32], at_once| {
             let rows = qkv.len() / cols;
             let plan = SequencePlan { rows: 0..rows, past: 0, pages };
-            Fixture::<T>::new(&device, shape, 640).step(&[plan], qkv, at_once)
+            Fixture::<T>::new(device, shape, 640).step(&[plan], qkv, at_once)
         };
         let want_a = alone(&a, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], true);
         let want_b = alone(&b, &[5, 6, 8, 1, 2], true);
         assert_eq!(want_a, alone(&a, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0], false), "{shape:?}");
 
         let (pages_a, pages_b) = ([7, 1, 12, 3, 0, 15, 9, 11, 10, 2], [4, 5, 6, 8, 13]);
-        let mut fixture = Fixture::<T>::new(&device, shape, 640);
+        let mut fixture = Fixture::<T>::new(device, shape, 640);
         let (mut past_a, mut past_b) = (0, 0);
         let mut steps = vec![
             (61, 1, true),
@@ -429,11 +441,10 @@ fn batches_and_steps_change_no_bit<T: Element>() {
     }
 }
 
-fn stale_pages_do_not_leak<T: Element>() {
-    let Some(device) = gpu::<T>() else { return };
+fn stale_pages_do_not_leak<T: Element>(device: &CudaDevice<T>) {
     for shape in ATTENTION {
         let cols = shape.qkv_features();
-        let mut fixture = Fixture::<T>::new(&device, shape, 400);
+        let mut fixture = Fixture::<T>::new(device, shape, 400);
         let poison = vec![f32::NAN; 64 * cols];
         fixture.step(&[SequencePlan { rows: 0..64, past: 0, pages: &[4] }], &poison, true);
         let qkv = noise::<T>(5 * cols, 5);
@@ -463,30 +474,34 @@ fn row_operations_in_bf16() {
 
 #[test]
 fn attention_equals_float64_in_fp16() {
-    attention_equals_float64::<f16>();
-    long_attention::<f16>();
+    for device in both::<f16>() {
+        attention_equals_float64(&device);
+        long_attention(&device);
+    }
 }
 
 #[test]
 fn attention_equals_float64_in_bf16() {
-    attention_equals_float64::<bf16>();
-    long_attention::<bf16>();
+    for device in both::<bf16>() {
+        attention_equals_float64(&device);
+        long_attention(&device);
+    }
 }
 
 #[test]
 fn batches_and_steps_change_no_bit_in_fp16() {
-    batches_and_steps_change_no_bit::<f16>();
+    both::<f16>().iter().for_each(batches_and_steps_change_no_bit);
 }
 
 #[test]
 fn batches_and_steps_change_no_bit_in_bf16() {
-    batches_and_steps_change_no_bit::<bf16>();
+    both::<bf16>().iter().for_each(batches_and_steps_change_no_bit);
 }
 
 #[test]
 fn stale_pages_do_not_leak_into_sequences() {
-    stale_pages_do_not_leak::<f16>();
-    stale_pages_do_not_leak::<bf16>();
+    both::<f16>().iter().for_each(stale_pages_do_not_leak);
+    both::<bf16>().iter().for_each(stale_pages_do_not_leak);
 }
 
 #[test]
@@ -502,7 +517,12 @@ fn what_does_not_fit_is_refused() {
     let mut refuse = |past: usize, pages: &[u32], layer: usize| {
         let mut step = device.new_step().unwrap();
         let sequences = [SequencePlan { rows: 0..1, past, pages }];
-        device.set_step(&mut step, &StepPlan { tokens: &[0], sequences: &sequences, outputs: &[] }).unwrap();
+        device
+            .set_step(
+                &mut step,
+                &StepPlan { tokens: &[0], sequences: &sequences, outputs: &[], ..StepPlan::default() },
+            )
+            .unwrap();
         let mut qkv = device.alloc(shape.qkv_features()).unwrap();
         let mut y = device.alloc(shape.out_features()).unwrap();
         let (x, y) =

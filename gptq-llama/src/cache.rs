@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use gptq_kernels::{Backend, KernelError, KvShape, SequencePlan, StepPlan, Workspace};
+use gptq_kernels::{Backend, Draw, DrawnToken, KernelError, KvShape, SequencePlan, StepPlan, Workspace};
 
 use crate::{Feed, LlamaConfig, LlamaError, Wanted};
 
@@ -19,6 +19,8 @@ pub struct KvCache<D: Backend> {
     pub(crate) recordings: D::Recordings,
     pub(crate) timings: Option<Timings>,
     sequences: Vec<Option<Sequence>>,
+    /// The sequences for which the last step that drew has drawn, in the order of its outputs.
+    drawn: Vec<Option<SequenceId>>,
     free_pages: Vec<u32>,
     pages: usize,
     max_tokens: usize,
@@ -79,6 +81,8 @@ pub struct Timings {
     pub down: Duration,
     /// Output projection.
     pub lm_head: Duration,
+    /// Drawing tokens.
+    pub draw: Duration,
 }
 
 impl<D: Backend> KvCache<D> {
@@ -101,6 +105,7 @@ impl<D: Backend> KvCache<D> {
             recordings: D::Recordings::default(),
             timings: None,
             sequences: Vec::new(),
+            drawn: Vec::new(),
             free_pages: Vec::new(),
             pages: 0,
             max_tokens,
@@ -137,6 +142,8 @@ impl<D: Backend> KvCache<D> {
         sequence.len = sequence.len.min(len);
         let kept = sequence.len.div_ceil(D::PAGE_LEN);
         self.free_pages.extend(sequence.pages.drain(kept..).rev());
+        // What was drawn for it followed what is forgotten now.
+        self.drawn.iter_mut().filter(|drawn| **drawn == Some(id)).for_each(|drawn| *drawn = None);
         Ok(())
     }
 
@@ -169,6 +176,8 @@ impl<D: Backend> KvCache<D> {
         device: &D,
         config: &LlamaConfig,
         feeds: &[Feed<'_>],
+        drawn: &[DrawnToken],
+        draws: &[Draw],
     ) -> Result<(usize, usize), LlamaError> {
         let vocab_size = config.vocab_size;
         for (i, feed) in feeds.iter().enumerate() {
@@ -205,7 +214,7 @@ impl<D: Backend> KvCache<D> {
             }
             plans.push(SequencePlan { rows, past: sequence.len, pages: &sequence.pages });
         }
-        let plan = StepPlan { tokens: &tokens, sequences: &plans, outputs: &outputs };
+        let plan = StepPlan { tokens: &tokens, sequences: &plans, outputs: &outputs, drawn, draws };
         device.set_step(&mut self.step, &plan)?;
         Ok((tokens.len(), outputs.len()))
     }
@@ -256,6 +265,19 @@ impl<D: Backend> KvCache<D> {
             (result, _) => return Ok(result?),
         };
         Err(error)
+    }
+
+    /// Which token of the last step that drew is the sequence's.
+    pub(crate) fn drawn_output(&self, id: SequenceId) -> Result<usize, LlamaError> {
+        get(&self.sequences, id)?;
+        let output = self.drawn.iter().position(|&drawn| drawn == Some(id));
+        output.ok_or(LlamaError::NothingDrawn { index: id.0 })
+    }
+
+    /// A step has drawn for these sequences.
+    pub(crate) fn set_drawn(&mut self, sequences: impl Iterator<Item = SequenceId>) {
+        self.drawn.clear();
+        self.drawn.extend(sequences.map(Some));
     }
 
     fn make_room(&mut self, device: &D, feed: &Feed<'_>) -> Result<(), LlamaError> {

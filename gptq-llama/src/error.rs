@@ -229,6 +229,12 @@ pub enum LlamaError {
         /// Its number.
         index: usize,
     },
+    /// A sequence is to go on with a token that the last step that drew has not drawn for it.
+    #[error("no token has been drawn for sequence {index} since it was last changed")]
+    NothingDrawn {
+        /// Its number.
+        index: usize,
+    },
     /// A sequence stands twice in one step.
     #[error("sequence {index} stands twice in one step")]
     RepeatedSequence {

@@ -2,7 +2,7 @@ use std::ops::ControlFlow;
 
 use gptq_kernels::Backend;
 
-use crate::{Feed, KvCache, Llama, LlamaError, Rng, Sampling, SequenceId, Wanted};
+use crate::{Drawing, Feed, KvCache, Llama, LlamaError, Next, Rng, Sampling, SequenceId, Turn, Wanted};
 
 /// Tokens of a prompt fed in one step.
 pub(crate) const PREFILL: usize = 512;
@@ -38,7 +38,8 @@ pub enum Finish {
     Context,
 }
 
-/// Generates one token after the other: an iterator that computes each when it is asked for.
+/// Generates one token after the other: an iterator that computes each when it is asked for. On a device that queues its
+/// work the next one is begun before this one is known.
 ///
 /// After an error the iterator ends.
 pub struct Generator<'m, D: Backend> {
@@ -50,8 +51,10 @@ pub struct Generator<'m, D: Backend> {
     /// Prompt and text.
     history: Vec<u32>,
     prompt_len: usize,
-    /// Tokens of the history that are in the cache.
+    /// Tokens of the history that are in the cache, or on their way.
     fed: usize,
+    /// The step that has been begun ahead.
+    ahead: Option<Drawing>,
     finish: Option<Finish>,
     failed: bool,
 }
@@ -86,6 +89,7 @@ impl<'m, D: Backend> Generator<'m, D> {
             history: prompt.to_vec(),
             prompt_len: prompt.len(),
             fed: 0,
+            ahead: None,
             finish: None,
             failed: false,
         })
@@ -93,7 +97,7 @@ impl<'m, D: Backend> Generator<'m, D> {
 
     /// Runs the prompt through the model now, instead of with the first token.
     pub fn prefill(&mut self) -> Result<(), LlamaError> {
-        while self.history.len() - self.fed > 1 {
+        while self.history.len().saturating_sub(self.fed) > 1 {
             let end = (self.fed + PREFILL).min(self.history.len() - 1);
             let tokens = &self.history[self.fed..end];
             let feed = Feed { sequence: self.sequence, tokens, logits: Wanted::None };
@@ -113,6 +117,43 @@ impl<'m, D: Backend> Generator<'m, D> {
         self.finish
     }
 
+    /// Draws the next token on the host.
+    fn draw_here(&mut self) -> Result<u32, LlamaError> {
+        self.prefill()?;
+        let tokens = &self.history[self.fed..];
+        let feed = Feed { sequence: self.sequence, tokens, logits: Wanted::Last };
+        let mut logits =
+            self.model.forward(&mut self.cache, &[feed])?.to_array()?.into_raw_vec_and_offset().0;
+        self.fed = self.history.len();
+        self.options.sampling.draw(&mut logits, &self.history, &mut self.rng)
+    }
+
+    /// Draws the next token on the device.
+    fn draw_there(&mut self) -> Result<u32, LlamaError> {
+        let drawing = match self.ahead.take() {
+            Some(drawing) => drawing,
+            None => {
+                self.prefill()?;
+                self.begin(self.fed..self.history.len())?
+            }
+        };
+        // The last token of a text is followed by no step.
+        let more = self.text().len() + 1 < self.options.max_new_tokens;
+        if D::QUEUES && more && self.history.len() < self.cache.max_tokens() {
+            self.ahead = Some(self.begin(self.history.len()..self.history.len() + 1)?);
+        }
+        let token = self.model.drawn(&mut self.cache, drawing)?[0];
+        token.ok_or(LlamaError::NonFiniteLogits { position: self.history.len() - 1 })
+    }
+
+    /// Begins a step that feeds these tokens of the history; the one behind it is the one being drawn.
+    fn begin(&mut self, tokens: std::ops::Range<usize>) -> Result<Drawing, LlamaError> {
+        self.fed = tokens.end;
+        let next = self.history.get(tokens).map_or(Next::Drawn, Next::Tokens);
+        let draw = self.options.sampling.of(self.rng.next_u64());
+        self.model.step(&mut self.cache, &[Turn { sequence: self.sequence, next, draw }])
+    }
+
     fn step(&mut self) -> Result<Option<u32>, LlamaError> {
         if self.text().len() == self.options.max_new_tokens {
             self.finish = Some(Finish::Length);
@@ -122,18 +163,8 @@ impl<'m, D: Backend> Generator<'m, D> {
             self.finish = Some(Finish::Context);
             return Ok(None);
         }
-        self.prefill()?;
-        let tokens = &self.history[self.fed..];
-        let feed = Feed { sequence: self.sequence, tokens, logits: Wanted::Last };
-        let logits = self.model.forward(&mut self.cache, &[feed])?;
-        let position = self.history.len() - 1;
-        let token = if self.options.sampling.is_argmax() {
-            logits.argmax()?[0].ok_or(LlamaError::NonFiniteLogits { position })?
-        } else {
-            let mut logits = logits.to_array()?.into_raw_vec_and_offset().0;
-            self.options.sampling.draw(&mut logits, &self.history, &mut self.rng)?
-        };
-        self.fed = self.history.len();
+        let token =
+            if self.options.sampling.needs_history() { self.draw_here()? } else { self.draw_there()? };
         if self.options.stop_tokens.contains(&token) {
             self.finish = Some(Finish::Stop(token));
             return Ok(None);

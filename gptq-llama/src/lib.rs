@@ -73,7 +73,7 @@ pub use config::LlamaConfig;
 pub use error::LlamaError;
 pub use generate::{Finish, GenerateOptions, Generator, generate};
 pub use lora::{LoraError, LoraWeights};
-pub use model::{Feed, Llama, LoadOptions, Logits, Wanted};
+pub use model::{Drawing, Feed, Llama, LoadOptions, Logits, Next, Turn, Wanted};
 pub use names::{Layer, Module};
 pub use perplexity::{Perplexity, perplexity};
 pub use progress::{CancelToken, Progress, QuantizePhase, Watch};

@@ -3,12 +3,14 @@
 mod capacity;
 mod forward;
 mod load;
+mod step;
 
 use gptq_kernels::{AttentionShape, Backend, Linear};
 
 pub use forward::{Feed, Logits, Wanted};
 pub use load::LoadOptions;
 pub(crate) use load::{attention_shape, load_norm};
+pub use step::{Drawing, Next, Turn};
 
 use crate::{KvCache, LlamaConfig, LlamaError, projections::Projections};
 

@@ -1,5 +1,7 @@
 use std::num::NonZeroUsize;
 
+use gptq_kernels::Draw;
+
 use crate::{LlamaError, Rng};
 
 /// How the next token is drawn from the logits.
@@ -9,6 +11,9 @@ use crate::{LlamaError, Rng};
 /// likely tokens; the fewest most likely tokens whose probability reaches `top_p` (Holtzman et al. 2019); tokens at
 /// least `min_p` times as likely as the likeliest (Nguyen et al. 2024); one draw. Equally likely tokens are ranked by
 /// their number, the lower first.
+///
+/// Each token takes 64 bits of the generator, and is drawn by the law of [`gptq_kernels::Draw`] on every device: the same logits
+/// and the same seed give the same tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// 0 takes the likeliest token.
@@ -33,7 +38,7 @@ impl Default for Sampling {
 impl Sampling {
     /// Whether the likeliest token is taken as the logits stand.
     pub fn is_argmax(&self) -> bool {
-        self.temperature == 0.0 && self.repetition_penalty == 1.0
+        self.temperature == 0.0 && !self.needs_history()
     }
 
     /// Errors: [`LlamaError::Sampling`] for a parameter out of range.
@@ -56,55 +61,20 @@ impl Sampling {
     ///
     /// Errors: [`LlamaError::NonFiniteLogits`].
     pub fn draw(&self, logits: &mut [f32], history: &[u32], rng: &mut Rng) -> Result<u32, LlamaError> {
-        if logits.iter().any(|logit| logit.is_nan() || *logit == f32::INFINITY) {
-            return Err(LlamaError::NonFiniteLogits { position: history.len().saturating_sub(1) });
-        }
         self.penalise(logits, history);
-        let best = argmax(logits);
-        if self.temperature == 0.0 {
-            return Ok(best);
-        }
-        let max = f64::from(logits[best as usize]);
-        let scale = 1.0 / f64::from(self.temperature);
-        // Relative to the likeliest token, so that the largest weight is 1.
-        let mut weights: Vec<(f64, u32)> = logits
-            .iter()
-            .zip(0u32..)
-            .map(|(&logit, token)| (((f64::from(logit) - max) * scale).exp(), token))
-            .collect();
-        let ranked = |a: &(f64, u32), b: &(f64, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-        if let Some(k) = self.top_k
-            && k.get() < weights.len()
-        {
-            weights.select_nth_unstable_by(k.get() - 1, ranked);
-            weights.truncate(k.get());
-        }
-        // The mass that top_p refers to is that before min_p; what min_p removes ranks last, so it can go first.
-        let total: f64 = weights.iter().map(|(weight, _)| weight).sum();
-        let top_p = f64::from(self.top_p);
-        // All tokens below this together weigh less than what top_p leaves out.
-        let negligible = total * (1.0 - top_p) / weights.len() as f64;
-        let least = f64::from(self.min_p).max(negligible * 0.999);
-        weights.retain(|(weight, _)| *weight >= least);
-        weights.sort_unstable_by(ranked);
-        if top_p < 1.0 {
-            let mut mass = 0.0;
-            let reached = weights.iter().position(|(weight, _)| {
-                mass += weight;
-                mass >= top_p * total
-            });
-            weights.truncate(reached.map_or(weights.len(), |last| last + 1));
-        }
-        let mass: f64 = weights.iter().map(|(weight, _)| weight).sum();
-        let mut left = rng.next_f64() * mass;
-        for &(weight, token) in &weights {
-            left -= weight;
-            if left < 0.0 {
-                return Ok(token);
-            }
-        }
-        // Rounding may leave a remainder of some ulp after the last token.
-        Ok(weights.last().map_or(best, |&(_, token)| token))
+        let position = history.len().saturating_sub(1);
+        self.of(rng.next_u64()).token(logits).ok_or(LlamaError::NonFiniteLogits { position })
+    }
+
+    /// Whether tokens that came before matter, other than through the logits.
+    pub(crate) fn needs_history(&self) -> bool {
+        self.repetition_penalty != 1.0
+    }
+
+    /// The draw with these 64 random bits, without the penalty.
+    pub(crate) fn of(&self, random: u64) -> Draw {
+        let top_k = self.top_k.map_or(0, |k| u32::try_from(k.get()).unwrap_or(0));
+        Draw { temperature: self.temperature, top_k, top_p: self.top_p, min_p: self.min_p, random }
     }
 
     fn penalise(&self, logits: &mut [f32], history: &[u32]) {
@@ -123,17 +93,6 @@ impl Sampling {
             }
         }
     }
-}
-
-/// The first of the largest.
-fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = i;
-        }
-    }
-    best as u32
 }
 
 #[cfg(test)]
@@ -220,8 +179,9 @@ mod tests {
         }
         base.validate().unwrap();
         let mut rng = Rng::new(0);
-        for logit in [f32::NAN, f32::INFINITY] {
-            let error = base.draw(&mut [0.0, logit], &[5, 6], &mut rng).unwrap_err();
+        let warm = Sampling { temperature: 1.0, ..base.clone() };
+        for (sampling, logit) in [(&base, f32::NAN), (&warm, f32::NAN), (&warm, f32::INFINITY)] {
+            let error = sampling.draw(&mut [0.0, logit], &[5, 6], &mut rng).unwrap_err();
             assert!(matches!(error, LlamaError::NonFiniteLogits { position: 1 }));
         }
     }

@@ -4,6 +4,9 @@
 // clippy.toml allows both in tests, but not in the functions that tests share.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+#[path = "cuda/steps.rs"]
+mod steps;
+
 use std::{collections::VecDeque, path::PathBuf};
 
 use gptq_core::GptqConfig;

@@ -13,6 +13,8 @@ pub use kv::CpuKvStore;
 pub use rope::CpuRope;
 pub use step::CpuStep;
 
+use std::sync::PoisonError;
+
 use rayon::prelude::*;
 
 use super::Cpu;
@@ -215,6 +217,21 @@ impl Backend for Cpu {
         expect_shape("y", (y.rows(), y.cols()), (step.outputs.len(), x.cols()))?;
         for_each_row(y, |i, y| y.copy_from_slice(row(&x, step.outputs[i] as usize)));
         Ok(())
+    }
+
+    fn draw(&self, step: &CpuStep, logits: MatRef<'_, Self>) -> Result<(), KernelError> {
+        expect_shape("logits", (logits.rows(), logits.cols()), (step.draws.len(), logits.cols()))?;
+        let mut drawn = step.drawn.lock().unwrap_or_else(PoisonError::into_inner);
+        *drawn = step.draws.iter().enumerate().map(|(r, draw)| draw.token(row(&logits, r))).collect();
+        Ok(())
+    }
+
+    fn send_drawn(&self, step: &mut CpuStep) -> Result<u64, KernelError> {
+        Ok(step.send())
+    }
+
+    fn drawn(&self, step: &mut CpuStep, number: u64) -> Result<Vec<Option<u32>>, KernelError> {
+        step.sent(number)
     }
 
     fn argmax(&self, x: MatRef<'_, Self>, out: &mut [Option<u32>]) -> Result<(), KernelError> {

@@ -63,8 +63,17 @@ macro_rules! images {
     };
 }
 
-const OPS: &[&str] =
-    &["embed", "rms_norm", "add_rms_norm", "add", "silu_mul", "gather", "argmax", "rope_append"];
+const OPS: &[&str] = &[
+    "embed",
+    "rms_norm",
+    "add_rms_norm",
+    "add",
+    "silu_mul",
+    "gather",
+    "draw_greedy",
+    "draw_sampled",
+    "rope_append",
+];
 const ATTENTION: &[&str] = &["attention_prefill", "attention_decode"];
 
 images! {

@@ -11,13 +11,21 @@
 //!
 //! A step in which every sequence has one row is recorded in a CUDA graph when its shape comes for the second time, and
 //! replayed from then on. The shape is the number of rows and of outputs and the number of chunks of 256 positions,
-//! rounded up to a power of two. Everything else is read from device memory.
+//! rounded up to a power of two, and whether tokens are drawn. Everything else is read from device memory.
+//!
+//! # Drawing
+//!
+//! Tokens are drawn by the last kernel of a step, which also writes them to page-locked memory of the host; in a greedy step of
+//! single rows it turns the step's positions into those of the next one. The host then begins the next step before it
+//! knows the tokens, and waits for an event between the two. The law of the draws is [`crate::Draw`]'s, to the bit.
 
 mod attention;
+mod drawn;
 mod element;
 mod functions;
 mod kv;
 mod recording;
+mod split;
 mod step;
 mod tables;
 
@@ -59,6 +67,7 @@ impl<T: Element> Backend for CudaDevice<T> {
     type Recordings = CudaRecordings;
 
     const PAGE_LEN: usize = step::PAGE_LEN;
+    const QUEUES: bool = true;
 
     fn replay<E: From<KernelError> + Send>(
         &self,
@@ -185,6 +194,19 @@ impl<T: Element> Backend for CudaDevice<T> {
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError> {
         element::gather_outputs(self, step, x, y)
+    }
+
+    fn draw(&self, step: &CudaStep, logits: MatRef<'_, Self>) -> Result<(), KernelError> {
+        element::draw(self, step, logits)
+    }
+
+    fn send_drawn(&self, step: &mut CudaStep) -> Result<u64, KernelError> {
+        let count = step.draw_count();
+        step.drawn_mut().send(count)
+    }
+
+    fn drawn(&self, step: &mut CudaStep, number: u64) -> Result<Vec<Option<u32>>, KernelError> {
+        step.drawn_mut().sent(number)
     }
 
     fn argmax(&self, x: MatRef<'_, Self>, out: &mut [Option<u32>]) -> Result<(), KernelError> {

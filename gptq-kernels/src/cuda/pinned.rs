@@ -43,6 +43,20 @@ impl Pinned {
         self.len
     }
 
+    /// Where kernels write to the words; whoever lets them calls [`mark`](Self::mark) behind them.
+    pub(super) fn address(&self) -> u64 {
+        // Page-locked memory has one address for the host and for the devices, on every system with 64 bits.
+        self.words.as_ptr() as u64
+    }
+
+    /// Takes what the stream does until now as a use of the words.
+    pub(super) fn mark(&mut self, stream: &CudaStream) -> Result<(), KernelError> {
+        let failed = |error| gpu_error("recording an event", error);
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: the event and the stream are alive.
+        unsafe { result::event::record(self.event, stream.cu_stream()) }.map_err(failed)
+    }
+
     /// The words, once no copy uses them any more.
     pub(super) fn words(&mut self) -> Result<&mut [u32], KernelError> {
         let failed = |error| gpu_error("waiting for a copy", error);

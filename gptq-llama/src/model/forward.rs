@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use gptq_kernels::{Backend, Epilogue, KernelError, Linear, MatRef, Workspace};
+use gptq_kernels::{Backend, Draw, DrawnToken, Epilogue, KernelError, Linear, MatRef, Workspace};
 use ndarray::Array2;
 
 use super::{DecoderLayer, Llama};
@@ -99,7 +99,21 @@ impl<D: Backend> Llama<D> {
         cache: &'c mut KvCache<D>,
         feeds: &[Feed<'_>],
     ) -> Result<Logits<'c, D>, LlamaError> {
-        let (rows, outputs) = cache.plan(&self.device, &self.config, feeds)?;
+        let outputs = self.pass(cache, feeds, &[], &[])?;
+        cache.commit(feeds);
+        let matrix = mat(&cache.scratch.logits, outputs, self.config.vocab_size)?;
+        Ok(Logits { device: &self.device, matrix })
+    }
+
+    /// One forward pass; the sequences stay as long as they were until [`KvCache::commit`]. Gives the number of outputs.
+    pub(super) fn pass(
+        &self,
+        cache: &mut KvCache<D>,
+        feeds: &[Feed<'_>],
+        drawn: &[DrawnToken],
+        draws: &[Draw],
+    ) -> Result<usize, LlamaError> {
+        let (rows, outputs) = cache.plan(&self.device, &self.config, feeds, drawn, draws)?;
         let workspace = self.workspace_len(&cache.step, rows, outputs);
         let moved = cache.scratch.reserve(&self.device, &self.config, rows, outputs, workspace);
         if !matches!(moved, Ok(false)) {
@@ -107,15 +121,14 @@ impl<D: Backend> Llama<D> {
         }
         moved?;
         let KvCache { store, rope, step, scratch, recordings, timings, .. } = &mut *cache;
-        let mut pass = Pass { model: self, rope, step, store, scratch, rows, outputs };
+        let draw = !draws.is_empty();
+        let mut pass = Pass { model: self, rope, step, store, scratch, rows, outputs, draw };
         match timings {
             // Waiting for each part cannot be recorded.
             Some(timings) => self.device.run(|| pass.run(Some(timings)))?,
             None => self.device.replay(recordings, self.id, step, || pass.run(None))?,
         }
-        cache.commit(feeds);
-        let matrix = mat(&cache.scratch.logits, outputs, self.config.vocab_size)?;
-        Ok(Logits { device: &self.device, matrix })
+        Ok(outputs)
     }
 
     fn workspace_len(&self, step: &D::Step, rows: usize, outputs: usize) -> usize {
@@ -139,6 +152,7 @@ struct Pass<'a, D: Backend> {
     scratch: &'a mut Scratch<D>,
     rows: usize,
     outputs: usize,
+    draw: bool,
 }
 
 /// Whether a block's sum has been added to the stream, or waits in `block.delta` for the next norm to add it.
@@ -150,7 +164,7 @@ enum Residual {
 
 impl<D: Backend> Pass<'_, D> {
     fn run(&mut self, mut timings: Option<&mut Timings>) -> Result<(), LlamaError> {
-        let Self { model, rope, step, rows, outputs, .. } = *self;
+        let Self { model, rope, step, rows, outputs, draw, .. } = *self;
         let (device, config) = (&model.device, &model.config);
         let hidden = config.hidden_size;
         if let Some(timings) = &mut timings {
@@ -195,6 +209,10 @@ impl<D: Backend> Pass<'_, D> {
                 let y = mat_mut(logits, rows, config.vocab_size)?;
                 model.lm_head.forward(mat(&block.norm, rows, hidden)?, y, &mut block.workspace)?;
                 watch.lap(|t| &mut t.lm_head)?;
+                if draw {
+                    device.draw(step, mat(logits, rows, config.vocab_size)?)?;
+                    watch.lap(|t| &mut t.draw)?;
+                }
             }
         }
         Ok(())

@@ -113,7 +113,7 @@ impl<'a, D: QuantizeBackend> Calibration<'a, D> {
     fn set_step(&mut self, row: usize) -> Result<usize, KernelError> {
         let tokens = &self.rows.rows()[row];
         let sequence = SequencePlan { rows: 0..tokens.len(), past: 0, pages: &self.pages };
-        let plan = StepPlan { tokens, sequences: &[sequence], outputs: &[] };
+        let plan = StepPlan { tokens, sequences: &[sequence], ..StepPlan::default() };
         self.device.set_step(&mut self.step, &plan)?;
         Ok(tokens.len())
     }

@@ -1,4 +1,6 @@
-use crate::{KernelError, StepPlan};
+use std::sync::{Mutex, PoisonError};
+
+use crate::{Draw, KernelError, StepPlan};
 
 /// Rows of one tile of attention. Eight query rows share each pass over a page of keys, even without grouped heads.
 pub(super) const TILE_ROWS: usize = 8;
@@ -7,7 +9,7 @@ pub(super) const TILE_ROWS: usize = 8;
 pub(super) const PAGE_LEN: usize = 64;
 
 /// Tokens, positions and page tables of one step on the CPU.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct CpuStep {
     pub(super) tokens: Vec<u32>,
     /// Position of each row in its sequence.
@@ -19,6 +21,13 @@ pub struct CpuStep {
     pub(super) pages: Vec<u32>,
     /// What is written where, sorted by page.
     pub(super) writes: Vec<PageWrite>,
+    pub(super) draws: Vec<Draw>,
+    /// What was drawn last.
+    pub(super) drawn: Mutex<Vec<Option<u32>>>,
+    /// What was sent, and under which numbers: the last two.
+    sent: [(u64, Vec<Option<u32>>); 2],
+    /// Steps that have drawn and sent.
+    count: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +56,19 @@ impl CpuStep {
 
     pub(super) fn fill(&mut self, plan: &StepPlan<'_>) -> Result<(), KernelError> {
         plan.validate(PAGE_LEN)?;
+        let drawn = self.drawn.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(missing) = plan.drawn.iter().find(|token| token.output >= drawn.len()) {
+            let (got, limit) = (missing.output, drawn.len());
+            return Err(KernelError::Argument { what: "output of a drawn token", got, limit });
+        }
+        self.tokens.clear();
+        self.tokens.extend_from_slice(plan.tokens);
+        for token in plan.drawn {
+            // None is in no vocabulary.
+            self.tokens[token.row] = drawn[token.output].unwrap_or(u32::MAX);
+        }
+        self.draws.clear();
+        self.draws.extend_from_slice(plan.draws);
         self.positions.clear();
         self.tiles.clear();
         self.pages.clear();
@@ -78,11 +100,27 @@ impl CpuStep {
             }
         }
         self.writes.sort_unstable_by_key(|write| write.page);
-        self.tokens.clear();
-        self.tokens.extend_from_slice(plan.tokens);
         self.outputs.clear();
         self.outputs.extend_from_slice(plan.outputs);
         Ok(())
+    }
+
+    pub(super) fn send(&mut self) -> u64 {
+        let drawn = self.drawn.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.count += 1;
+        self.sent[(self.count % 2) as usize] = (self.count, drawn.clone());
+        self.count
+    }
+
+    pub(super) fn sent(&self, number: u64) -> Result<Vec<Option<u32>>, KernelError> {
+        match &self.sent[(number % 2) as usize] {
+            (of, tokens) if *of == number => Ok(tokens.clone()),
+            _ => Err(KernelError::Argument {
+                what: "drawing",
+                got: number as usize,
+                limit: self.count as usize + 1,
+            }),
+        }
     }
 }
 
@@ -103,7 +141,13 @@ mod tests {
             SequencePlan { rows: 0..10, past: 60, pages: &[5, 2] },
             SequencePlan { rows: 10..12, past: 0, pages: &[0] },
         ];
-        let step = fill(&StepPlan { tokens: &tokens, sequences: &sequences, outputs: &[9, 11] }).unwrap();
+        let step = fill(&StepPlan {
+            tokens: &tokens,
+            sequences: &sequences,
+            outputs: &[9, 11],
+            ..StepPlan::default()
+        })
+        .unwrap();
         assert_eq!(step.positions, [60, 61, 62, 63, 64, 65, 66, 67, 68, 69, 0, 1]);
         let writes: Vec<_> = step.writes.iter().map(|w| (w.page, w.slot, w.row, w.rows)).collect();
         assert_eq!(writes, [(0, 0, 10, 2), (2, 0, 4, 6), (5, 60, 0, 4)]);
@@ -123,7 +167,7 @@ mod tests {
             (&[SequencePlan { rows: 0..1, ..ok.clone() }, SequencePlan { rows: 1..3, ..ok.clone() }], &[]),
         ];
         for (sequences, outputs) in bad {
-            let plan = StepPlan { tokens: &tokens, sequences, outputs };
+            let plan = StepPlan { tokens: &tokens, sequences, outputs, ..StepPlan::default() };
             assert!(matches!(fill(&plan), Err(KernelError::Argument { .. })), "{plan:?}");
         }
     }

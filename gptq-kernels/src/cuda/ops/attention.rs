@@ -1,18 +1,19 @@
 use super::{
-    CudaKvStore, CudaRope, CudaStep, expect_below, expect_shape, functions::AttentionKernels, step::TICKETS,
+    CudaKvStore, CudaRope, CudaStep, expect_below, expect_shape,
+    functions::AttentionKernels,
+    split::{Decoding, QUERIES, Split},
+    step::{CHUNK_PAGES, PAGE_LEN, TICKETS},
 };
 use crate::{
     AttentionShape, Device, KernelError, MatMut, MatRef, Workspace,
-    cuda::{CudaDevice, Element},
+    cuda::{CudaDevice, Element, driver::Launch},
 };
 
 /// Threads of all kernels here but `rope_append`, as in `attention.cu`.
 const THREADS: u32 = 128;
 const ROPE_THREADS: u32 = 256;
-/// Queries of a warp, as in `page.cuh`.
-const QUERIES: usize = 16;
 /// Positions of a chunk, as in `page.cuh`.
-const CHUNK: usize = 256;
+const CHUNK: usize = CHUNK_PAGES * PAGE_LEN;
 /// Blocks along y of a grid.
 const MOST_BLOCKS: usize = 65_535;
 
@@ -57,6 +58,7 @@ struct AttentionArgs {
     head_dim: u32,
     window: u32,
     chunks: u32,
+    kept: u32,
     stages: u32,
     vectors: u32,
     scale: f32,
@@ -71,7 +73,7 @@ fn group(shape: AttentionShape) -> Result<usize, KernelError> {
     }
 }
 
-/// Blocks of the decoding kernel for one row and chunk.
+/// Blocks of the decoding kernel for one row and share of the chunks.
 fn parts(shape: AttentionShape) -> usize {
     shape.kv_heads * (shape.heads / shape.kv_heads.max(1)).div_ceil(QUERIES)
 }
@@ -82,29 +84,42 @@ fn chunks(step: &CudaStep, shape: AttentionShape) -> usize {
     step.shape().chunks.min(window)
 }
 
-/// The kernels, if the decoding kernel can do the step.
+/// The kernels and how chunks are divided, if the decoding kernel can do the step.
 fn decoding<'a, T: Element>(
     device: &'a CudaDevice<T>,
     step: &CudaStep,
     shape: AttentionShape,
-) -> Option<&'a AttentionKernels> {
-    let fits = step.shape().single && step.rows() * parts(shape) <= MOST_BLOCKS && parts(shape) <= TICKETS;
-    let kernels = if fits { device.attention_kernels(shape.head_dim).ok() } else { None };
-    kernels.filter(|kernels| kernels.decode.is_some())
+) -> Option<(&'a AttentionKernels, Split)> {
+    let jobs = step.rows() * parts(shape);
+    if !step.shape().single || jobs > MOST_BLOCKS || parts(shape) > TICKETS {
+        return None;
+    }
+    let kernels = device.attention_kernels(shape.head_dim).ok()?;
+    let decoding = Decoding {
+        jobs,
+        queries: QUERIES.min(shape.heads / shape.kv_heads.max(1)),
+        dim: kernels.dim,
+        chunks: chunks(step, shape),
+        multiprocessors: device.multiprocessors() as usize,
+        memory: device.decode_memory(),
+        clusters: device.hopper(),
+    };
+    Some((kernels, decoding.split()?))
 }
 
 pub(super) fn decodes<T: Element>(device: &CudaDevice<T>, step: &CudaStep, shape: AttentionShape) -> bool {
     decoding(device, step, shape).is_some()
 }
 
-/// Partial sums and states of all chunks, where there is more than one.
+/// Partial sums and states of all chunks, where blocks share them that do not read each other's memory.
 pub(super) fn workspace_len<T: Element>(
     device: &CudaDevice<T>,
     step: &CudaStep,
     shape: AttentionShape,
 ) -> usize {
-    match (decoding(device, step, shape), chunks(step, shape)) {
-        (Some(kernels), chunks @ 2..) => {
+    match decoding(device, step, shape) {
+        Some((kernels, Split { blocks: 2.., kept: 0, .. })) => {
+            let chunks = chunks(step, shape);
             step.rows() * shape.heads * chunks * (kernels.dim + 2) * size_of::<f32>() / size_of::<T>()
         }
         _ => 0,
@@ -196,6 +211,7 @@ fn args<T: Element>(
         // No sequence is as long as the largest window.
         window: shape.window.map_or(0, |window| window.min(i32::MAX as usize) as u32),
         chunks: 0,
+        kept: 0,
         stages: 0,
         vectors: 0,
         scale: std::f32::consts::LOG2_E / (shape.head_dim as f32).sqrt(),
@@ -249,19 +265,20 @@ pub(super) fn decode<T: Element>(
     if step.rows() == 0 {
         return Ok(());
     }
-    let kernels = device.attention_kernels(shape.head_dim)?;
     let unfit = KernelError::Argument { what: "rows", got: step.rows(), limit: MOST_BLOCKS + 1 };
-    let (function, shared) = kernels.decode.as_ref().ok_or(unfit)?;
+    let (kernels, split) = decoding(device, step, shape).ok_or(unfit)?;
     let partials = workspace.take(workspace_len(device, step, shape))?;
     let y_stride = y.row_stride();
     let y = y.into_data();
     let mut args = args(layer, shape, step, store, &qkv, y.address(), y_stride);
-    let chunks = chunks(step, shape);
-    (args.cos, args.sin, args.chunks) = (rope.cos(), rope.sin(), chunks as u32);
+    (args.cos, args.sin, args.chunks) = (rope.cos(), rope.sin(), chunks(step, shape) as u32);
+    (args.kept, args.stages) = (split.kept as u32, split.stages as u32);
     args.partials = if CudaDevice::<T>::len_mut(&partials) > 0 { partials.address() } else { 0 };
-    let launch = device.shape((chunks as u32, (step.rows() * parts(shape)) as u32), THREADS, *shared);
+    let grid = (split.blocks as u32, (step.rows() * parts(shape)) as u32);
+    let cluster = if split.kept > 0 { grid.0 } else { 1 };
+    let launch = Launch { cluster, ..device.shape(grid, THREADS, split.shared) };
     // SAFETY: as in `prefill`; besides, `rope` has all positions, the partial sums have room for every chunk and the step's
-    // tickets for every row. Keys and values of earlier steps and the step are read ahead of the wait: no kernel of this
+    // tickets for every row; shared memory is as `Split` says. Keys and values of earlier steps and the step are read ahead of the wait: no kernel of this
     // step writes them, and its first waits for everything before.
-    unsafe { function.launch("attention_decode", launch, y.stream(), &mut args) }
+    unsafe { kernels.decode.launch("attention_decode", launch, y.stream(), &mut args) }
 }

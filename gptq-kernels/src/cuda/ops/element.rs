@@ -2,7 +2,12 @@
 
 use std::sync::PoisonError;
 
-use super::{CudaEmbedding, CudaStep, expect_shape};
+use super::{
+    CudaEmbedding, CudaStep,
+    drawn::NONE,
+    expect_shape,
+    step::{DRAWN, Draws},
+};
 use crate::{
     Device, KernelError, MatMut, MatRef,
     cuda::{CudaDevice, CudaRef, Element, driver::Function, pinned::Readback},
@@ -14,9 +19,7 @@ type Write<'a, T> = MatMut<'a, CudaDevice<T>>;
 /// Threads of the row kernels, as in `ops.cu`.
 const NORM_THREADS: u32 = 512;
 const ELEMENT_THREADS: u32 = 256;
-const ARGMAX_THREADS: u32 = 1024;
-/// What `argmax` writes for a row with a NaN.
-const NONE: u32 = u32::MAX;
+const DRAW_THREADS: u32 = 1024;
 
 /// Whether all of these addresses, and strides in elements, allow vectors of 16 bytes.
 fn vectors(addresses: &[u64], strides: &[usize]) -> u32 {
@@ -41,6 +44,7 @@ fn rows_grid(rows: usize) -> Result<u32, KernelError> {
 struct EmbedArgs {
     table: u64,
     tokens: u64,
+    drawn: u64,
     y: u64,
     y_stride: u64,
     vocabulary: u32,
@@ -56,7 +60,7 @@ pub(super) fn embed<T: Element>(
 ) -> Result<(), KernelError> {
     let (rows, cols) = (step.rows(), table.hidden());
     expect_shape("y", (y.rows(), y.cols()), (rows, cols))?;
-    super::expect_below("token", step.largest_token(), table.vocabulary())?;
+    super::expect_below("token", step.largest_token(), table.vocabulary().min(DRAWN as usize))?;
     if rows == 0 {
         return Ok(());
     }
@@ -65,6 +69,7 @@ pub(super) fn embed<T: Element>(
     let mut args = EmbedArgs {
         table: table.address(),
         tokens: step.tokens(),
+        drawn: step.drawn().tokens(),
         y: y.address(),
         y_stride: y_stride as u64,
         vocabulary: table.vocabulary() as u32,
@@ -256,14 +261,34 @@ pub(super) fn gather_outputs<T: Element>(
     unsafe { device.row_kernels()?.gather.launch("gather", launch, y.stream(), &mut args) }
 }
 
-/// `ArgmaxArgs` of `ops.cu`.
+/// `DrawArgs` of `ops.cu`.
 #[repr(C)]
-struct ArgmaxArgs {
+#[derive(Default)]
+struct DrawArgs {
     x: u64,
     out: u64,
+    draws: u64,
+    host: [u64; 2],
+    numbers: u64,
+    positions: u64,
+    tiles: u64,
+    tokens: u64,
     x_stride: u64,
     cols: u32,
     vectors: u32,
+    advances: u32,
+}
+
+fn draw_args<T: Element>(x: &Read<'_, T>, out: u64) -> DrawArgs {
+    let x_stride = stride(x.rows(), x.row_stride());
+    DrawArgs {
+        x: x.data().address(),
+        out,
+        x_stride: x_stride as u64,
+        cols: x.cols() as u32,
+        vectors: vectors(&[x.data().address()], &[x_stride]),
+        ..DrawArgs::default()
+    }
 }
 
 pub(super) fn argmax<T: Element>(
@@ -282,20 +307,47 @@ pub(super) fn argmax<T: Element>(
         Some(readback) if readback.len() >= rows => readback,
         other => other.insert(Readback::new(stream, rows.next_power_of_two())?),
     };
-    let x_stride = stride(rows, x.row_stride());
-    let mut args = ArgmaxArgs {
-        x: x.data().address(),
-        out: readback.address(stream),
-        x_stride: x_stride as u64,
-        cols: cols as u32,
-        vectors: vectors(&[x.data().address()], &[x_stride]),
-    };
-    let launch = device.shape((rows_grid(rows)?, 1), ARGMAX_THREADS, 0);
-    // SAFETY: `ArgmaxArgs` field by field; the readback has room for every row.
-    unsafe { device.row_kernels()?.argmax.launch("argmax", launch, stream.cu_stream(), &mut args) }?;
+    let mut args = draw_args(&x, readback.address(stream));
+    let launch = device.shape((rows_grid(rows)?, 1), DRAW_THREADS, 0);
+    // SAFETY: `DrawArgs` field by field; the readback has room for every row, and what is null is not used.
+    unsafe { device.row_kernels()?.draw_greedy.launch("argmax", launch, stream.cu_stream(), &mut args) }?;
     let found = readback.read(stream, rows)?;
     for (out, &index) in out.iter_mut().zip(found) {
         *out = (index != NONE).then_some(index);
     }
     Ok(())
+}
+
+pub(super) fn draw<T: Element>(
+    device: &CudaDevice<T>,
+    step: &CudaStep,
+    x: Read<'_, T>,
+) -> Result<(), KernelError> {
+    let (rows, cols) = (step.draw_count(), x.cols());
+    expect_shape("logits", (x.rows(), cols), (rows, cols))?;
+    // Tokens are marked by their highest bit, and sums of weights of 2^40 are taken in 64.
+    super::expect_below("vocabulary", cols, 1 << 23)?;
+    if rows == 0 {
+        return Ok(());
+    }
+    let shape = step.shape();
+    let mut args = DrawArgs {
+        draws: step.draws(),
+        host: step.drawn().host(),
+        numbers: step.numbers(),
+        positions: step.positions(),
+        tiles: step.tiles(),
+        tokens: step.tokens(),
+        advances: u32::from(shape.advances),
+        ..draw_args(&x, step.drawn().tokens())
+    };
+    let kernels = device.row_kernels()?;
+    let (name, function) = match shape.draws {
+        Draws::Sampled => ("draw_sampled", &kernels.draw_sampled),
+        _ => ("draw_greedy", &kernels.draw_greedy),
+    };
+    let launch = device.shape((rows_grid(rows)?, 1), DRAW_THREADS, 0);
+    // SAFETY: `DrawArgs` field by field; the step has parameters, numbers and, if it advances, positions, tiles and tokens of
+    // every row, and its drawn tokens have room for every row on the device and on the host.
+    unsafe { function.launch(name, launch, device.stream().cu_stream(), &mut args) }
 }

@@ -11,8 +11,6 @@ use crate::{
 
 /// Features of a head that attention kernels are made for; other heads are padded with zeros to the next.
 const DIMS: [usize; 5] = [32, 64, 96, 128, 256];
-/// Above this a chunk of pages does not fit in shared memory, and `prefill` does everything.
-const MOST_DECODE_DIM: usize = 128;
 
 /// `head_dim` with its padding, `None` if no kernel has it.
 pub(super) fn padded_dim(head_dim: usize) -> Option<usize> {
@@ -36,7 +34,8 @@ pub(super) struct RowKernels {
     pub(super) add: Function,
     pub(super) silu_mul: Function,
     pub(super) gather: Function,
-    pub(super) argmax: Function,
+    pub(super) draw_greedy: Function,
+    pub(super) draw_sampled: Function,
     pub(super) rope_append: Function,
 }
 
@@ -47,8 +46,8 @@ pub(super) struct AttentionKernels {
     pub(super) prefill_shared: usize,
     /// Pages in shared memory.
     pub(super) stages: u32,
-    /// Shared memory of the decoding kernel, `None` if there is too little.
-    pub(super) decode: Option<(Function, usize)>,
+    /// May use all shared memory that a block can have.
+    pub(super) decode: Function,
 }
 
 /// The value, made by `make` if there is none yet.
@@ -65,7 +64,7 @@ fn get_or_load<V>(
 }
 
 impl<T: Element> CudaDevice<T> {
-    fn hopper(&self) -> bool {
+    pub(super) fn hopper(&self) -> bool {
         self.compute_capability() >= (9, 0)
     }
 
@@ -86,7 +85,8 @@ impl<T: Element> CudaDevice<T> {
                 add: load("add")?,
                 silu_mul: load("silu_mul")?,
                 gather: load("gather")?,
-                argmax: load("argmax")?,
+                draw_greedy: load("draw_greedy")?,
+                draw_sampled: load("draw_sampled")?,
                 rope_append: load("rope_append")?,
             })
         })
@@ -108,23 +108,19 @@ impl<T: Element> CudaDevice<T> {
             let fixed = 4 * 16 * dim * 2 + dim / 8 * 128 * 16;
             let stages = if fixed + 2 * page <= most { 2 } else { 1 };
             let prefill_shared = fixed + stages * page;
-            let decode_shared = 4 * page + 16 * dim * 2 + 2 * dim * 2 + 16 * 4 * 8;
-            // The kernel has 4 bytes of its own.
-            let decode = dim <= MOST_DECODE_DIM && decode_shared + 128 <= most;
-            let decode = if decode {
-                let function = self.images().function(&image, "attention_decode", decode_shared)?;
-                Some((function, decode_shared))
-            } else {
-                None
-            };
             Ok(AttentionKernels {
                 dim,
                 prefill: self.images().function(&image, "attention_prefill", prefill_shared)?,
                 prefill_shared,
                 stages: stages as u32,
-                decode,
+                decode: self.images().function(&image, "attention_decode", self.decode_memory())?,
             })
         })
+    }
+
+    /// Shared memory that a block of the decoding kernel can have besides the little of its own.
+    pub(super) fn decode_memory(&self) -> usize {
+        self.shared_memory().saturating_sub(256)
     }
 
     /// A launch of blocks that wait for the kernel before them by themselves where they can.

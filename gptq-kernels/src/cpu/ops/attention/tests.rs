@@ -37,7 +37,11 @@ impl Fixture {
         let rows = sequences.iter().map(|sequence| sequence.rows.len()).sum();
         let mut step = Cpu.new_step().unwrap();
         let tokens = vec![0; rows];
-        Cpu.set_step(&mut step, &StepPlan { tokens: &tokens, sequences, outputs: &[] }).unwrap();
+        Cpu.set_step(
+            &mut step,
+            &StepPlan { tokens: &tokens, sequences, outputs: &[], ..StepPlan::default() },
+        )
+        .unwrap();
         let (shape, layer) = (self.shape, 1);
         let cols = shape.qkv_features();
         Cpu.rope_append(
@@ -161,7 +165,11 @@ fn positions_beyond_the_table_are_refused() {
     let mut fixture = Fixture::new(shape);
     let mut step = Cpu.new_step().unwrap();
     let sequences = [SequencePlan { rows: 0..1, past: POSITIONS, pages: &[0, 1, 2, 3, 4, 5, 6] }];
-    Cpu.set_step(&mut step, &StepPlan { tokens: &[0], sequences: &sequences, outputs: &[] }).unwrap();
+    Cpu.set_step(
+        &mut step,
+        &StepPlan { tokens: &[0], sequences: &sequences, outputs: &[], ..StepPlan::default() },
+    )
+    .unwrap();
     let mut qkv = vec![0.0; shape.qkv_features()];
     let qkv = MatMut::new(qkv.as_mut_slice(), 1, shape.qkv_features()).unwrap();
     let error = Cpu.rope_append(0, shape, &step, &fixture.rope, qkv, &mut fixture.store).unwrap_err();
