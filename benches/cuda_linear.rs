@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Copies of a layer are together at least 512 MB, so that no time is one that the L2 cache has served. Times are medians
-//! of replays, with the fastest and slowest beside them; errors are of the same kernel on the same data, against float64,
+//! of replays, after each of which the GPU rests if there are many rows, with the fastest and slowest beside them; errors are of the same kernel on the same data, against float64,
 //! as `|y - exact| / |exact|` over 64 outputs of every row. FILTER keeps the lines that contain one of them, such as
 //! `4096x11008 fp16 sym M=1 `. Without names of kernels, all run but `cuda-plain`, which is there to be right. Without a
 //! GPU it says so. `--tsv` prints lines for another program, `peers/gpu_linear.py`: shape, type, kind, rows, kernel,
@@ -15,7 +15,7 @@
 // A table on the terminal is what this program is for, and it ends with the first error.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
-use std::path::Path;
+use std::{path::Path, thread, time::Duration};
 
 use cudarc::driver::sys;
 use gptq_format::{Bits, CodesRef, PackedLinear};
@@ -34,6 +34,11 @@ const ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048];
 const GROUP: usize = 128;
 const ROTATED_BYTES: usize = 512 << 20;
 const REPLAYS: usize = 15;
+/// With so many rows or more, the GPU rests three times as long as a replay took after each: it is at its power limit
+/// otherwise, and a time depends on how long it has been busy.
+const RESTING_ROWS: usize = 256;
+/// A kernel that takes this many times as long as another at some number of rows is not timed at larger ones.
+const HOPELESS: f32 = 8.0;
 
 #[derive(Clone, Copy)]
 struct Kind {
@@ -130,7 +135,11 @@ fn measure<T: Element>(
             start.record(stream).unwrap();
             graph.launch().unwrap();
             end.record(stream).unwrap();
-            1000.0 * start.elapsed_ms(&end).unwrap() / layers.len() as f32
+            let milliseconds = start.elapsed_ms(&end).unwrap();
+            if rows >= RESTING_ROWS {
+                thread::sleep(Duration::from_secs_f32(3.0 * milliseconds / 1e3));
+            }
+            1000.0 * milliseconds / layers.len() as f32
         })
         .skip(2)
         .collect();
@@ -197,6 +206,7 @@ fn table<T: Element>(dtype: &str, tsv: bool, costs: Option<&str>, names: &[Strin
         }
         let packed = layer(k, n, kind);
         let reference = Reference::new(&packed);
+        let mut least = [f32::INFINITY; ROWS.len()];
         for kernel in &kernels {
             let named = match names {
                 [] => kernel.name() != "cuda-plain",
@@ -214,8 +224,14 @@ fn table<T: Element>(dtype: &str, tsv: bool, costs: Option<&str>, names: &[Strin
             let copies = ROTATED_BYTES.div_ceil(first.weight_bytes()).max(6);
             let mut layers = vec![first];
             layers.extend((1..copies).map(|_| prepare().unwrap()));
-            for rows in ROWS.into_iter().filter(|&rows| wanted(rows)) {
+            let mut hopeless = false;
+            for (rows, least) in ROWS.into_iter().zip(&mut least).filter(|&(rows, _)| wanted(rows)) {
+                if hopeless {
+                    break;
+                }
                 let ([median, fastest, slowest], error) = measure(&device, &layers, &reference, rows);
+                *least = least.min(median);
+                hopeless = median > HOPELESS * *least;
                 if tsv {
                     let (name, kind) = (kernel.name(), kind.name);
                     let selected = u8::from(selected(layers[0].spec(), rows) == name);

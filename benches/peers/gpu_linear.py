@@ -3,13 +3,14 @@
 PyTorch calls them), and Humming's if its package is installed (`pip install humming-kernels`; it compiles its kernels when
 they are first called).
 
-    python3 benches/peers/gpu_linear.py [--ours PROGRAM] [--costs FILE] [--rows 1,16] [KxN...]
+    python3 benches/peers/gpu_linear.py [--ours PROGRAM] [--costs FILE] [--kernels NAME,...] [--rows 1,16]
+                                           [--our-rows 1,2] [KxN...]
 
 PROGRAM is the bench `cuda_linear`, which times in the same way: built by `.ci/gpu-bundle` (it is then found beside this
 script's folder), or `cargo bench -p gptq-benches --features cuda --bench cuda_linear --no-run`, which says where it is.
 
 Copies of each weight are together at least 512 MB and are visited in turn in one CUDA graph; times are medians of
-replays, with the fastest and slowest. Errors are |y - exact| / |exact| against a float64 product with the very weights that
+replays, after each of which the GPU rests if there are many rows, with the fastest and slowest. Errors are |y - exact| / |exact| against a float64 product with the very weights that
 the kernel multiplies by. All int4 weights are symmetric, in groups of 128. All are timed on one shape before the next
 begins. A table in Markdown ends the output: of our kernels it has the one that `select()` takes, by the costs that ship or by
 FILE, which `measure_costs` has written; and in parentheses a faster one, if there is any.
@@ -19,16 +20,20 @@ import argparse
 import concurrent.futures
 import os
 import subprocess
+import time
 
 import torch
 
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
 ROWS = [1, 16, 64, 256, 2048]
 GROUP, ROTATED_BYTES, REPLAYS = 128, 512 << 20, 15
+# With so many rows or more, the GPU rests three times as long as a replay took after each: it is at its power limit
+# otherwise, and a time depends on how long it has been busy.
+RESTING_ROWS = 256
 OURS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "cuda_linear")
 
 
-def graph_time(call, weights):
+def graph_time(call, weights, rows):
     """Microseconds of `call(weight)` in replays of a graph that visits all `weights`: median, fastest, slowest."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -46,7 +51,10 @@ def graph_time(call, weights):
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1000 * start.elapsed_time(end) / len(weights))
+        milliseconds = start.elapsed_time(end)
+        if rows >= RESTING_ROWS:
+            time.sleep(3 * milliseconds / 1000)
+        times.append(1000 * milliseconds / len(weights))
     times = sorted(times[2:])
     return times[len(times) // 2], times[0], times[-1]
 
@@ -60,7 +68,7 @@ def cublas(k, n, all_rows):
     weights = [torch.randn(n, k, device="cuda", dtype=torch.float16) / 64 for _ in range(copies)]
     for rows in all_rows:
         x = torch.randn(rows, k, device="cuda", dtype=torch.float16)
-        time = graph_time(lambda w: torch.nn.functional.linear(x, w), weights)
+        time = graph_time(lambda w: torch.nn.functional.linear(x, w), weights, rows)
         y = torch.nn.functional.linear(x, weights[0])
         yield "cuBLAS fp16", rows, time, error(y, x.double() @ weights[0].double().T)
 
@@ -88,7 +96,7 @@ def tinygemm(k, n, all_rows):
     for rows in (rows for rows in all_rows if rows <= 256):
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         multiply = lambda w: torch.ops.aten._weight_int4pack_mm(x, w, GROUP, grid)
-        time = graph_time(multiply, weights)
+        time = graph_time(multiply, weights, rows)
         yield "tinygemm bf16", rows, time, error(multiply(weights[0]), x.double() @ exact_weight.T)
 
 
@@ -126,7 +134,7 @@ def humming(k, n, all_rows):
         list(pool.map(lambda x: layers[0](x), inputs.values()))
     exact_weight = dequantised(codes, scales)
     for rows, x in inputs.items():
-        time = graph_time(lambda made: made(x), layers)
+        time = graph_time(lambda made: made(x), layers, rows)
         yield "Humming fp16", rows, time, error(layers[0](x), x.double() @ exact_weight.T)
 
 
@@ -135,12 +143,15 @@ class Ours:
 
     __name__ = "ours"
 
-    def __init__(self, program, costs):
-        self.command = [program, "--tsv"] + ([f"--costs={costs}"] if costs else [])
+    def __init__(self, program, costs, kernels, more_rows):
+        self.more_rows = more_rows
+        self.command = [program, "--tsv"]
+        self.command += [f"--costs={costs}"] if costs else []
+        self.command += [f"--kernels={kernels}"] if kernels else []
         self.selected = {}
 
     def __call__(self, k, n, all_rows):
-        filters = [f"{k}x{n} fp16 sym M={rows} " for rows in all_rows]
+        filters = [f"{k}x{n} fp16 sym M={rows} " for rows in {*all_rows, *self.more_rows}]
         output = subprocess.run([*self.command, *filters], capture_output=True, text=True, check=True).stdout
         for line in output.splitlines():
             cells = line.split("\t")
@@ -157,11 +168,14 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--ours", default=OURS)
     parser.add_argument("--costs")
+    parser.add_argument("--kernels")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--our-rows", default="")
     parser.add_argument("shapes", nargs="*")
     options = parser.parse_args()
     all_rows = [int(rows) for rows in options.rows.split(",")]
-    ours = Ours(options.ours, options.costs)
+    more_rows = [int(rows) for rows in options.our_rows.split(",") if rows]
+    ours = Ours(options.ours, options.costs, options.kernels, more_rows)
     if not os.path.exists(options.ours):
         print(f"ours not run: there is no {options.ours}")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
@@ -194,7 +208,7 @@ def cell(timed, best):
 def table(found, selected):
     print("\n| K x N | M | ours | kernel | cuBLAS fp16 | tinygemm bf16 | Humming fp16 | ours / best peer |")
     print("|---|---|---|---|---|---|---|---|")
-    for ((k, n), rows), timed in found.items():
+    for ((k, n), rows), timed in sorted(found.items(), key=lambda item: (SHAPES.index(item[0][0]), item[0][1])):
         of = lambda peer: min((entry for entry in timed if entry[3] == peer), default=None)
         chosen = [entry for entry in timed if entry[2] == selected.get(((k, n), rows))]
         ours = chosen[0] if chosen else of("ours")

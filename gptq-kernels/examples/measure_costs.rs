@@ -5,22 +5,23 @@
 //! cargo run --release -p gptq-kernels --features cuda --example measure_costs -- gptq-kernels/costs/nvidia-h200.txt
 //! ```
 //!
-//! Names of kernels after the file measure these alone again, and keep the others' times; the table remembers the version of
-//! each. How calls are timed is said at `Measurement`. It takes about a minute on an H200, and saves after every layer.
+//! What the file already has is not measured again, unless it is of another version of the kernel; names of kernels after the
+//! file measure these alone, again. How calls are timed is said at `Measurement`. It takes about a minute on an H200,
+//! and saves after every layer, so that it may be stopped and goes on from there.
 
 // A program for the terminal, which ends with the first error.
 #![allow(clippy::print_stdout)]
 
-use std::{error::Error, path::Path, time::Instant};
+use std::{error::Error, io::ErrorKind, path::Path, time::Instant};
 
 use gptq_format::Bits;
 use gptq_kernels::{
-    CostTable, DenseType, Device, Epilogue, LinearSpec, Measurement, WeightFormat,
+    CostError, CostTable, DenseType, Device, Epilogue, LinearSpec, Measurement, WeightFormat,
     cuda::{self, CudaDevice},
 };
 use half::f16;
 
-const ROWS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048];
+const ROWS: [usize; 7] = [1, 4, 8, 16, 64, 256, 2048];
 
 /// For 4 bits in groups of 128: layers of 7B (q, o; gate, up; down), of 70B (o; gate, up), and a small one. What lies between
 /// is estimated by its size.
@@ -32,24 +33,24 @@ fn gptq(bits: Bits, group_size: usize, sym: bool, act_order: bool) -> WeightForm
 }
 
 fn layers() -> Vec<(usize, usize, WeightFormat)> {
-    let mut layers: Vec<_> = SHAPES.iter().map(|&(k, n)| (k, n, gptq(Bits::B4, 128, true, false))).collect();
-    for &(k, n) in &SHAPES[..2] {
-        layers.extend([
-            (k, n, gptq(Bits::B4, 128, true, true)),
-            (k, n, gptq(Bits::B4, 128, false, false)),
-            (k, n, WeightFormat::Dense(DenseType::F16)),
-        ]);
-    }
-    let (k, n) = SHAPES[0];
-    layers.extend([
+    let [(k, n), others @ ..] = SHAPES;
+    let mut layers = vec![
+        (k, n, gptq(Bits::B4, 128, true, false)),
+        (k, n, gptq(Bits::B4, 128, true, true)),
+        (k, n, gptq(Bits::B4, 128, false, false)),
+        (k, n, WeightFormat::Dense(DenseType::F16)),
+        (4096, 32000, WeightFormat::Dense(DenseType::F16)),
         (k, n, gptq(Bits::B4, 32, true, false)),
         (k, n, gptq(Bits::B8, 128, true, false)),
         (k, n, gptq(Bits::B3, 128, true, false)),
+    ];
+    layers.extend(others.map(|(k, n)| (k, n, gptq(Bits::B4, 128, true, false))));
+    layers.extend([
         (k, n, gptq(Bits::B2, 128, true, false)),
         (k, n, gptq(Bits::B4, k, true, false)),
         (k, n, gptq(Bits::B4, 32, false, true)),
         (k, n, WeightFormat::Dense(DenseType::F32)),
-        (4096, 32000, WeightFormat::Dense(DenseType::F16)),
+        (4096, 11008, gptq(Bits::B4, 128, true, true)),
     ]);
     layers
 }
@@ -60,9 +61,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let names: Vec<String> = args.collect();
     let device = CudaDevice::<f16>::new(0)?;
     let mut kernels = cuda::kernels(&device);
-    let mut table = CostTable::new(&device.model());
+    let model = device.model();
+    let mut table = match CostTable::load(Path::new(&path), &model) {
+        Err(CostError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => CostTable::new(&model),
+        table => table?,
+    };
+    println!("of other versions: {:?}", table.stale(&kernels));
     if !names.is_empty() {
-        table = CostTable::load(Path::new(&path), &device.model())?;
         names.iter().for_each(|name| table.forget(name));
         kernels.retain(|kernel| names.iter().any(|name| name == kernel.name()));
     }

@@ -65,29 +65,25 @@ impl CostTable {
             tracing::info!(kernel = name, "costs of another version of it are dropped");
             self.forget(name);
         }
-        let known = |table: &Self, kernel: &str, rows: usize| {
-            table.points.iter().any(|point| {
-                point.kernel == kernel
-                    && (point.in_features, point.out_features) == (spec.in_features, spec.out_features)
-                    && (point.weight, point.rows) == (spec.weight, rows)
-            })
+        let wanted = |table: &Self, kernel: &dyn LinearKernel<D>| match kernel.supports(spec) {
+            Ok(()) => table.missing(kernel.name(), spec, &rows),
+            Err(_) => Vec::new(),
         };
-        let wanted = kernels.iter().filter(|kernel| {
-            kernel.supports(spec).is_ok() && rows.iter().any(|&rows| !known(self, kernel.name(), rows))
-        });
-        let wanted: Vec<_> = wanted.collect();
-        if wanted.is_empty() {
+        if kernels.iter().all(|kernel| wanted(self, kernel.as_ref()).is_empty()) {
             return Ok(0);
         }
         let layer = RandomLayer::new(spec)?;
         let mut added = 0;
-        let mut fastest = vec![f64::INFINITY; rows.len()];
-        for kernel in wanted {
+        for kernel in kernels {
+            let rows = wanted(self, kernel.as_ref());
+            if rows.is_empty() {
+                continue;
+            }
             let copies = layer.copies(kernel.as_ref(), spec, settings.rotated_bytes)?;
             if let Some(version) = kernel.version() {
                 self.versions.insert(kernel.name().to_owned(), version);
             }
-            for (&rows, fastest) in rows.iter().zip(&mut fastest) {
+            for rows in rows {
                 let microseconds = 1e6 * seconds(device, &copies, spec, rows, settings.seconds)?;
                 self.insert(CostPoint {
                     kernel: kernel.name().to_owned(),
@@ -99,13 +95,39 @@ impl CostTable {
                 });
                 added += 1;
                 tracing::debug!(kernel = kernel.name(), ?spec, rows, microseconds, "measured");
-                *fastest = fastest.min(microseconds);
-                if microseconds > HOPELESS * *fastest {
+                if microseconds > HOPELESS * self.fastest(spec, rows) {
                     break;
                 }
             }
         }
         Ok(added)
+    }
+
+    /// The measured times of a layer: kernel, rows, microseconds.
+    fn times(&self, spec: &LinearSpec) -> impl Iterator<Item = (&str, usize, f64)> {
+        let shape = (spec.in_features, spec.out_features, spec.weight);
+        let of_layer =
+            move |point: &&CostPoint| (point.in_features, point.out_features, point.weight) == shape;
+        let points = self.points.iter().filter(of_layer);
+        points.map(|point| (point.kernel.as_str(), point.rows, point.microseconds))
+    }
+
+    /// The least time of any kernel.
+    fn fastest(&self, spec: &LinearSpec, rows: usize) -> f64 {
+        self.times(spec).filter(|&(_, r, _)| r == rows).map(|(.., time)| time).fold(f64::INFINITY, f64::min)
+    }
+
+    /// The numbers of rows, which ascend, that a kernel has no time for, as far as it is not hopeless.
+    fn missing(&self, kernel: &str, spec: &LinearSpec, rows: &[usize]) -> Vec<usize> {
+        let mut missing = Vec::new();
+        for &rows in rows {
+            match self.times(spec).find(|&(name, r, _)| name == kernel && r == rows) {
+                Some((.., time)) if time > HOPELESS * self.fastest(spec, rows) => break,
+                Some(_) => {}
+                None => missing.push(rows),
+            }
+        }
+        missing
     }
 }
 
@@ -371,6 +393,23 @@ mod tests {
         assert!(second.stale(&kernels("b")).is_empty());
         let text = second.text();
         assert!(text.contains("\nversion versioned b\n") && !text.contains("versioned a"), "{text}");
+    }
+
+    #[test]
+    fn what_is_known_or_hopeless_is_not_measured() {
+        let weight = WeightFormat::Dense(DenseType::F32);
+        let spec = spec(weight);
+        let mut table = CostTable::new("here");
+        for (kernel, rows, microseconds) in [("fast", 1, 1.0), ("slow", 1, 7.0), ("hopeless", 1, 9.0)] {
+            let kernel = kernel.to_owned();
+            let LinearSpec { in_features, out_features, .. } = spec;
+            table.insert(CostPoint { kernel, in_features, out_features, weight, rows, microseconds });
+        }
+        for (kernel, missing) in
+            [("fast", vec![2]), ("slow", vec![2]), ("hopeless", vec![]), ("new", vec![1, 2])]
+        {
+            assert_eq!(table.missing(kernel, &spec, &[1, 2]), missing, "{kernel}");
+        }
     }
 
     #[test]
