@@ -214,11 +214,13 @@ def table(found, selected):
         ours = chosen[0] if chosen else of("ours")
         peers = [of(peer) for peer in ("cublas", "tinygemm", "humming")]
         best_peer = min((peer for peer in peers if peer), default=None)
+        if not best_peer:
+            continue
         best = min(entry for entry in [ours, best_peer] if entry)
         name = ours[2].removeprefix("cuda-") if ours else ""
         if ours and of("ours") is not ours:
             name += f" ({of('ours')[2].removeprefix('cuda-')} {of('ours')[0][0]:.1f})"
-        ratio = f"{ours[0][0] / best_peer[0][0]:.2f}" if ours and best_peer else ""
+        ratio = f"{ours[0][0] / best_peer[0][0]:.2f}" if ours else ""
         cells = [cell(ours, best), name, *(cell(peer, best) for peer in peers), ratio]
         print(f"| {k} x {n} | {rows} | " + " | ".join(cells) + " |")
 
