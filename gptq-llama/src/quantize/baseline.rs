@@ -14,8 +14,9 @@ pub(super) fn sample(rows: usize) -> Vec<usize> {
     (0..rows.min(ROWS)).map(|k| k * rows / rows.min(ROWS)).collect()
 }
 
-/// The error `E` of rounding the sampled rows of a weight, `(rows, in_features)`.
+/// The sampled rows of a weight and the error `E` of rounding them, `(rows, in_features)`.
 pub(super) struct Rounding {
+    sampled: Array2<f32>,
     error: Array2<f32>,
     /// Rows of the weight for each that is measured.
     share: f64,
@@ -25,6 +26,8 @@ pub(super) struct Rounding {
 pub(super) struct Baseline {
     /// `tr(E H E^T) / 2`
     undamped: f64,
+    /// `tr(W H W^T) / 2`
+    norm: f64,
     /// `|E|^2`, without the columns that no token excites.
     square: f64,
     /// Mean of the Hessian's diagonal as damping sees it.
@@ -37,7 +40,7 @@ impl Rounding {
     pub(super) fn new(sampled: ArrayView2<'_, f32>, rows: usize, settings: &GptqConfig) -> Option<Self> {
         let error = &sampled - &rtn(sampled, settings).ok()?.dequantize();
         let share = rows as f64 / sampled.nrows() as f64;
-        Some(Self { error, share })
+        Some(Self { sampled: sampled.to_owned(), error, share })
     }
 }
 
@@ -48,7 +51,7 @@ impl Baseline {
         quantizer: &Q,
         moments: &Q::Moments,
     ) -> Result<Self, QuantizeError> {
-        let Rounding { error, share } = rounding;
+        let Rounding { sampled, error, share } = rounding;
         let diagonal = quantizer.diagonal(moments);
         let square = |row: ndarray::ArrayView1<'_, f32>| -> f64 {
             let alive = row.iter().zip(&diagonal).filter(|(_, d)| **d != 0.0);
@@ -57,9 +60,15 @@ impl Baseline {
         let sum: f64 = diagonal.iter().map(|&d| if d == 0.0 { 1.0 } else { d }).sum();
         Ok(Self {
             undamped: share * quantizer.output_error(moments, error.view())?,
+            norm: share * quantizer.output_error(moments, sampled.view())?,
             square: share * error.rows().into_iter().map(square).sum::<f64>(),
             mean_diagonal: sum / diagonal.len() as f64,
         })
+    }
+
+    /// `tr(W H W^T) / 2`: what the layer puts out, in the unit of losses.
+    pub(super) fn norm(&self) -> f64 {
+        self.norm
     }
 
     /// The loss in the sense of [`LayerReport::loss`], `tr(E (H + d) E^T) / 2` with the damping `d` that the quantiser used.
@@ -92,9 +101,11 @@ mod tests {
         let rounding = Rounding::new(weight.view(), 8, &settings).unwrap();
         let quantizer = CpuQuantizer::new(settings.clone());
         let baseline = Baseline::new(&rounding, &quantizer, &hessian).unwrap();
-        let report = Gptq::new(settings).quantize(weight.view(), hessian).unwrap().report;
+        let report = Gptq::new(settings).quantize(weight.view(), hessian.clone()).unwrap().report;
         let (loss, rounding) = (report.loss.unwrap(), baseline.loss(&report).unwrap());
         // GPTQ's losses are sums of float32 squares, a part in 10^5 at most for 128 of them.
         assert!((loss / rounding - 1.0).abs() < 1e-5, "{loss} {rounding}");
+        let norm = hessian.output_error(weight.view()).unwrap();
+        assert!((baseline.norm() / norm - 1.0).abs() < 1e-12, "{} {norm}", baseline.norm());
     }
 }

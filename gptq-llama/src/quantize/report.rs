@@ -89,6 +89,9 @@ pub struct LayerSummary {
     /// What [`LayerReport::loss`] would be had the layer been rounded to nearest, estimated from 64 evenly spaced rows of
     /// its weight (exact where it has no more). `None` for a layer that was rounded.
     pub rtn_loss: Option<f64>,
+    /// `tr(W H W^T) / 2`, the squared output of the unquantised layer in the unit of the losses, estimated from the same rows.
+    /// `None` for a layer that was rounded.
+    pub output_norm: Option<f64>,
     /// Time of the forward pass to its inputs and of their second moments, which layers with the same inputs share.
     pub calibration: Duration,
     /// Memory that the process took when the layer was finished, as in [`QuantizeReport::peak_memory`].
@@ -97,13 +100,20 @@ pub struct LayerSummary {
 
 impl LayerSummary {
     pub(super) fn new(layer: Layer, report: LayerReport) -> Self {
-        Self { layer, report, rtn_loss: None, calibration: Duration::ZERO, memory: None }
+        Self { layer, report, rtn_loss: None, output_norm: None, calibration: Duration::ZERO, memory: None }
     }
 
     /// Time of the quantiser itself.
     pub fn solution(&self) -> Duration {
         let times = &self.report.times;
         times.prepare + times.factorize + times.solve
+    }
+
+    /// The loss as a share of the output: how sensitive the layer is to its format. Comparable between layers, unlike the
+    /// loss; what predictions lose by it differs from layer to layer all the same, see
+    /// [`SensitivityJob`](super::SensitivityJob).
+    pub fn relative_loss(&self) -> Option<f64> {
+        self.report.loss.zip(self.output_norm).filter(|(_, norm)| *norm > 0.0).map(|(loss, norm)| loss / norm)
     }
 
     /// Calibration tokens a second, through the forward pass and into the second moments.
@@ -183,13 +193,15 @@ impl QuantizeReport {
 }
 
 fn layer_json(summary: &LayerSummary) -> Value {
-    let LayerSummary { layer, report, rtn_loss, calibration, memory } = summary;
+    let LayerSummary { layer, report, rtn_loss, output_norm, calibration, memory } = summary;
     let seconds = |time: Duration| time.as_secs_f64();
     json!({
         "module": layer.to_string(),
         "method": method_name(&report.method),
         "loss": report.loss,
         "rtn_loss": rtn_loss,
+        "output_norm": output_norm,
+        "relative_loss": summary.relative_loss(),
         "damp_percent": report.damp.map(|damp| damp.percent),
         "damp_raised": report.damp.map(|damp| damp.raised),
         "damp_floor": report.damp.map(|damp| damp.floor),

@@ -262,9 +262,10 @@ impl<'r, D: QuantizeBackend> Run<'r, '_, '_, D> {
         let solved = Instant::now();
         let packed = with_room(device, streams, || quantizer.pack(&result, original.bias()).map_err(failed))?;
         let report = quantizer.report(&result).clone();
-        let rtn_loss = baseline.and_then(|baseline| baseline.loss(&report));
+        let rtn_loss = baseline.as_ref().and_then(|baseline| baseline.loss(&report));
+        let output_norm = baseline.map(|baseline| baseline.norm());
         let memory = self.reporter.memory();
-        let summary = LayerSummary { layer, report, rtn_loss, calibration, memory };
+        let summary = LayerSummary { layer, report, rtn_loss, output_norm, calibration, memory };
         let (loss, damp) = (summary.report.loss, &summary.report.damp);
         tracing::info!(module = %layer, loss, rtn_loss, ?damp, "quantised");
         self.layers.push(summary.clone());

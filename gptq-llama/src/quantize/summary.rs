@@ -19,6 +19,7 @@ pub(super) struct Entry {
     pivot: Option<(usize, String)>,
     loss: Option<String>,
     rtn_loss: Option<String>,
+    output_norm: Option<String>,
     /// Share, steps, floor.
     damp: Option<(String, u32, String)>,
     dead_columns: Vec<usize>,
@@ -30,7 +31,7 @@ pub(super) struct Entry {
 
 impl Entry {
     pub(super) fn new(summary: &LayerSummary, hash: String) -> Self {
-        let LayerSummary { layer, report, rtn_loss, calibration, memory } = summary;
+        let LayerSummary { layer, report, rtn_loss, output_norm, calibration, memory } = summary;
         let nanoseconds = |time: &Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let times = &report.times;
         Self {
@@ -44,6 +45,7 @@ impl Entry {
             },
             loss: report.loss.map(|loss| loss.to_string()),
             rtn_loss: rtn_loss.map(|loss| loss.to_string()),
+            output_norm: output_norm.map(|norm| norm.to_string()),
             damp: report.damp.map(|damp| (damp.percent.to_string(), damp.raised, damp.floor.to_string())),
             dead_columns: report.dead_columns.clone(),
             samples: report.samples,
@@ -89,6 +91,7 @@ impl Entry {
                 times: PhaseTimes { prepare, factorize, solve },
             },
             rtn_loss: self.rtn_loss.as_ref().map(number),
+            output_norm: self.output_norm.as_ref().map(number),
             calibration,
             memory: self.memory,
         }
@@ -121,6 +124,7 @@ mod tests {
                 times: PhaseTimes { prepare: Duration::from_nanos(3), ..PhaseTimes::default() },
             },
             rtn_loss: Some(f64::MIN_POSITIVE / 3.0),
+            output_norm: Some(1.0 / 3.0),
             calibration: Duration::from_millis(5),
             memory: Some(1 << 40),
         };
