@@ -215,7 +215,7 @@ fn table<T: Element>(dtype: &str, tsv: bool, costs: Option<&str>, names: &[Strin
             if !named {
                 continue;
             }
-            let prepare = || kernel.prepare_fused(&packed, kind.epilogue);
+            let prepare = || kernel.prepare_fused(&packed, &kind.epilogue.into());
             let first = match prepare() {
                 Ok(first) => first,
                 Err(KernelError::Unsupported { .. }) => continue,

@@ -17,7 +17,7 @@ use gptq_examples::{
     shape::Shape,
     table,
 };
-use gptq_kernels::{Backend, CostTable, Draw, Epilogue, LinearSpec, Selector, WeightFormat, Workload};
+use gptq_kernels::{Backend, CostTable, Draw, Fusion, LinearSpec, Selector, WeightFormat, Workload};
 use gptq_llama::{
     Drawing, Feed, KvCache, Llama, LlamaConfig, LlamaError, LoadOptions, Next, Rng, SequenceId, Timings,
     Turn, Wanted,
@@ -204,7 +204,8 @@ impl Args {
         println!("weights read    {:.1} MB a token", model.weight_bytes() as f64 / 1e6);
         let mut kernels: BTreeMap<String, (usize, &LinearSpec)> = BTreeMap::new();
         for linear in model.linears() {
-            let name = format!("{} {:?}", linear.kernel(), linear.spec().epilogue);
+            let spec = linear.spec();
+            let name = format!("{} {:?} {:?}", linear.kernel(), spec.prologue, spec.epilogue);
             kernels.entry(name).or_insert((0, linear.spec())).0 += 1;
         }
         let costs = CostTable::shipped(&model.device().model());
@@ -217,7 +218,7 @@ impl Args {
                 (Some(costs), _) => selector.costs(costs),
                 (None, _) => selector,
             };
-            let spec = spec.clone().with_epilogue(Epilogue::Store);
+            let spec = spec.clone().fused(&Fusion::default());
             let (_, why) = selector.select(&model.device().kernels(), &spec)?;
             println!("kernel          {name}, {count} layers: {why}");
         }

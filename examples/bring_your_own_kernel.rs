@@ -10,8 +10,8 @@ use clap::Parser;
 use gptq_examples::failure::{Failure, run};
 use gptq_format::{Bits, PackedLinear};
 use gptq_kernels::{
-    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
-    WeightFormat, Workspace, conformance,
+    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Prologue,
+    Unsupported, WeightFormat, Workspace, conformance,
     cpu::{self, Cpu},
     select,
 };
@@ -39,7 +39,7 @@ impl LinearKernel<Cpu> for Mine {
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
-        spec.only_stores()?;
+        spec.only_multiplies()?;
         match spec.weight {
             WeightFormat::Gptq { bits: Bits::B4, .. } => Ok(()),
             WeightFormat::Gptq { bits, .. } => Err(Unsupported::Bits { bits: bits.get() }),
@@ -131,6 +131,7 @@ fn body(_: Args) -> Result<(), Failure> {
             out_features: 256,
             weight,
             bias: false,
+            prologue: Prologue::Load,
             epilogue: Epilogue::Store,
         };
         let (_, selection) = select(&kernels, &spec, None)?;

@@ -1,4 +1,4 @@
-// y = x W^T + bias, with its epilogue, for 4-bit weights and up to 8 rows of x, on Hopper.
+// y = x W^T + bias, with its prologue and epilogue, for 4-bit weights and up to 8 rows of x, on Hopper.
 //
 // The weight is a matrix of units: 32 output features x 128 input features, one contiguous run of bytes each (layout in
 // `unit.cuh`). The units of a stripe of 32 output features are divided into 16 parts, always the same ones; WARPS_K
@@ -6,30 +6,16 @@
 // block has WARPS_N stripes in flight, and clusters walk over the stripes.
 //
 //     1  every warp starts bulk copies of its first units into a ring of its own: weights depend on no earlier kernel
-//     2  wait for the kernel before this one, then every warp stages its part of x (gathered if the layer is act-ordered)
+//     2  wait for the kernel before this one, then every warp stages its part of x, or the block all of it (normalised if
+//        the layer has that prologue, in another order if it is act-ordered)
 //     3  unit by unit: codes to exact halves (code - zero), tensor core over one group, times the scale in float32
 //     4  push the part's sums into the shared memory of the block that finishes these output features
 //     5  finish these stripes: the bias, the 16 parts in order, the epilogue, round, store
 //
 // No float atomics, and no order of addition that depends on timing, on the number of rows or on the shape of blocks and
 // clusters: results repeat to the bit, and row r of y depends on row r of x alone.
-#include "hopper.cuh"
+#include "gemv_stage.cuh"
 #include "unit.cuh"
-
-struct GemvArgs {
-    const u8* units;      // (ceil(n / 32), k_units) units
-    const u16* x;         // (rows, k), x_stride apart
-    u16* y;               // (rows, columns), y_stride apart
-    const u16* bias;      // (n), fp16, in the order of the units, or null
-    const u16* gather;    // (k_units * 128) column of x, or 0xFFFF for a zero; null for the identity
-    u32 rows, n, k;
-    u32 x_stride, y_stride;
-    u32 k_units;
-    u32 x_vectors;        // x and its rows are aligned to 16 bytes
-    u32 raw_rows;         // rows that are gathered at a time
-    u32 columns;          // n, or half of the features without padding for SILU_MUL
-    u32 epilogue;         // STORE, ADD or SILU_MUL
-};
 
 // What becomes of the product p: y = p; y += p; y = silu(gate) * up, where 16 features of the units are 8 of gate and the
 // same 8 of up.
@@ -59,78 +45,6 @@ DEVICE void bulk_copy_elected(u32 to_shared, const void* from_global, u32 bytes,
         "}" ::"r"(to_shared), "l"(from_global), "r"(bytes), "r"(barrier) : "memory");
 }
 
-DEVICE void store_shared_16(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-// Starts copying `count` halves of each row into shared memory, and writes zeros behind them up to `width`; thread `thread`
-// of THREADS that do so.
-template <u32 THREADS>
-DEVICE void copy_rows(u32 to, u32 to_stride, const u16* from, u64 from_stride, u32 rows, u32 count, u32 width, bool vectors, u32 thread) {
-    const u32 whole = vectors ? count / 8 * 8 : 0;
-#pragma unroll 1
-    for (u32 i = thread * 8; i < whole; i += THREADS * 8) {
-#pragma unroll 4
-        for (u32 row = 0; row < rows; ++row) copy_16(to + row * to_stride + i * 2, from + row * from_stride + i);
-    }
-#pragma unroll 1
-    for (u32 i = whole + thread; i < width; i += THREADS) {
-#pragma unroll 1
-        for (u32 row = 0; row < rows; ++row)
-            store_shared_2(to + row * to_stride + i * 2, i < count ? from[row * from_stride + i] : (u16)0);
-    }
-}
-
-// The part of x that a warp stages: what it multiplies itself, or every WARPS_N-th row of that.
-struct Stage {
-    u32 to, to_stride;  // in shared memory
-    u32 first, width;   // columns, in the order of the units
-    u32 row, step;      // rows
-    u32 lane;
-};
-
-// In the order of x.
-DEVICE void stage_x(const GemvArgs& args, const Stage& stage) {
-    const u32 count = stage.first < args.k ? min(stage.width, args.k - stage.first) : 0;
-    const u32 rows = stage.row < args.rows ? (args.rows - stage.row + stage.step - 1) / stage.step : 0;
-    copy_rows<32>(stage.to + stage.row * stage.to_stride, stage.step * stage.to_stride,
-                  args.x + (u64)stage.row * args.x_stride + stage.first, (u64)stage.step * args.x_stride, rows, count,
-                  stage.width, args.x_vectors, stage.lane);
-    wait_for_copies();
-}
-
-// In another order: the block brings whole rows to `raw`, `raw_rows` at a time, each with a zero behind it for the columns
-// that do not exist, and the warps pick from there. Scattered reads of global memory would take longer than all the rest.
-// `index` has the columns.
-template <u32 THREADS>
-DEVICE void stage_x_gathered(const GemvArgs& args, const Stage& stage, u32 index, u32 raw) {
-    const u32 raw_stride = (args.k * 2 + 2 + 15) / 16 * 16;
-#pragma unroll 1
-    for (u32 start = 0; start < args.rows; start += args.raw_rows) {
-        const u32 rows = min(args.raw_rows, args.rows - start);
-        if (start > 0) __syncthreads();
-        copy_rows<THREADS>(raw, raw_stride, args.x + (u64)start * args.x_stride, args.x_stride, rows, args.k, args.k + 1, args.x_vectors, threadIdx.x);
-        wait_for_copies();
-        __syncthreads();
-#pragma unroll 1
-        for (u32 i = stage.lane * 8; i < stage.width; i += 32 * 8) {
-            const uint4 columns = load_shared_16(index + i * 2);
-            const u32 pairs[4] = {columns.x, columns.y, columns.z, columns.w};
-            u32 from[8];
-#pragma unroll
-            for (u32 c = 0; c < 8; ++c) from[c] = raw + min(c % 2 ? pairs[c / 2] >> 16 : pairs[c / 2] & 0xFFFF, args.k) * 2;
-#pragma unroll 1
-            for (u32 row = stage.row; row < rows; row += stage.step) {
-                u32 value[8];
-#pragma unroll
-                for (u32 c = 0; c < 8; ++c) value[c] = load_shared_2(from[c] + row * raw_stride);
-                store_shared_16(stage.to + (start + row) * stage.to_stride + i * 2, value[0] | value[1] << 16,
-                                value[2] | value[3] << 16, value[4] | value[5] << 16, value[6] | value[7] << 16);
-            }
-        }
-    }
-}
-
 // A lane's places in a unit.
 template <u32 GROUPS>
 struct Places {
@@ -139,8 +53,8 @@ struct Places {
         : codes((lane ^ lane / 8) * 16), scales(2048 + lane / 4 * 8), zeros(2048 + GROUPS * 64 + lane / 4 * 4) {}
 };
 
-// acc += unit * x: `x` is the lane's place in the rows of x, at the unit's first input feature.
-template <class Half, u32 GROUPS, bool ASYM>
+// acc += unit * x: `x` is the lane's place in the rows or columns of x, at the unit's first input feature.
+template <class Half, u32 GROUPS, bool ASYM, bool COLUMNS>
 DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& places, u32 x) {
     constexpr u32 STEPS = 8 / GROUPS; // steps of 16 input features in a group
     float sum[2][4];
@@ -149,7 +63,8 @@ DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& pl
     for (u32 f = 0; f < 2; ++f) {
         const u32 fragment = unit + places.codes + f * 512;
         const uint4 codes[2] = {load_shared_16(fragment), load_shared_16(fragment + 1024)};
-        const uint4 lower = load_shared_16(x + f * 128), upper = load_shared_16(x + f * 128 + 64);
+        const uint4 lower = COLUMNS ? load_transposed(x + f * 1024) : load_shared_16(x + f * 128);
+        const uint4 upper = COLUMNS ? load_transposed(x + f * 1024 + 512) : load_shared_16(x + f * 128 + 64);
         const u32 b[8] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
 #pragma unroll
         for (u32 s = 0; s < 4; ++s) {
@@ -184,7 +99,7 @@ DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& pl
     }
 }
 
-template <class Half, u32 GROUPS, bool ASYM, u32 WARPS_N, u32 WARPS_K, u32 DEPTH>
+template <class Half, u32 GROUPS, bool ASYM, u32 WARPS_N, u32 WARPS_K, u32 DEPTH, bool COLUMNS>
 DEVICE void gemv(const GemvArgs& args) {
     constexpr u32 WARPS = WARPS_N * WARPS_K, THREADS = WARPS * 32, SLICES = PARTS / WARPS_K;
     constexpr u32 FEATURES = WARPS_N * 32, OWNED = FEATURES / SLICES; // of a cluster; finished by one block of it
@@ -201,16 +116,18 @@ DEVICE void gemv(const GemvArgs& args) {
     const u32 first_stripe = blockIdx.x / SLICES * WARPS_N;
     const u32 rounds = first_stripe < stripes ? (stripes - first_stripe + stripe_step - 1) / stripe_step : 0;
 
-    // Shared memory: barriers, rings, x, sums; columns to gather and rows to gather them from.
+    // Shared memory: barriers, rings, x, sums, those of the norm; what columns of other blocks overwrite.
     const u32 barriers = shared + warp * DEPTH * 8;
     const u32 rings = shared + ring_offset(WARPS, DEPTH), ring = rings + warp * RING;
     const u32 x_first = part_start(args.k_units, slice * WARPS_K);
     const u32 x_width = (part_start(args.k_units, (slice + 1) * WARPS_K) - x_first) * 128;
     const u32 staged = rings + (WARPS * RING + 127) / 128 * 128;
-    // Rows 64 bytes apart in the banks: two rows a phase, no conflict. The same in all blocks of the cluster.
-    const u32 x_stride = ((args.k_units + SLICES - 1) / SLICES + 1) * 256 + 64;
-    const u32 sums = staged + args.rows * x_stride, sums_bytes = PARTS * args.rows * OWNED * 4;
-    const u32 index = sums + sums_bytes, raw = index + x_width * 2, x_place = (first_unit - x_first) * 256;
+    // Units of the widest slice, so that addresses are the same in all blocks of the cluster. Rows are 64 bytes apart in the
+    // banks: two rows a phase, no conflict.
+    const u32 x_units = SLICES == 1 ? args.k_units : (args.k_units + SLICES - 1) / SLICES + 1, x_stride = x_units * 256 + 64;
+    const u32 x_bytes = COLUMNS ? x_units * 2048 : args.rows * x_stride, x_place = (first_unit - x_first) * (COLUMNS ? 2048 : 256);
+    const u32 sums = staged + x_bytes, sums_bytes = PARTS * args.rows * OWNED * 4, norm_sums = sums + sums_bytes;
+    const u32 spare = norm_sums + args.rows * NORM_WARPS * 4 + lane % 8 * 16 + warp * 128;
 
     // The stream of units: all of the part's in one stripe, then in the next stripe of this warp.
     const u8* source = args.units + ((u64)(first_stripe + warp_n) * args.k_units + first_unit) * UNIT;
@@ -240,10 +157,12 @@ DEVICE void gemv(const GemvArgs& args) {
     __syncwarp();
     if (SLICES > 1) cluster_arrive();
     launch_dependents();
-    if (args.gather != nullptr) copy_rows<THREADS>(index, 0, args.gather + x_first * 128, 0, 1, x_width, x_width, true, threadIdx.x);
+    Held held;
+    held.fetch(args);
+    if (args.padded) clear(staged, x_bytes), __syncthreads();
 
     // Rows beyond the last repeat the last; their results are dropped.
-    const u32 x_start = staged + min(lane / 4, args.rows - 1) * x_stride + (lane % 4) * 16 + x_place;
+    const u32 x_start = staged + x_place + (COLUMNS ? lane * 16 : min(lane / 4, args.rows - 1) * x_stride + lane % 4 * 16);
     const Places<GROUPS> places(lane);
 
     // At most one output a thread, and one row of x a warp.
@@ -283,10 +202,14 @@ DEVICE void gemv(const GemvArgs& args) {
     };
 
     wait_for_dependencies();
-    const Stage stage = {staged + x_place, x_stride, first_unit * 128, part_units * 128, warp_n, WARPS_N, lane};
-    if (args.gather == nullptr) stage_x(args, stage);
-    else stage_x_gathered<THREADS>(args, stage, index + x_place, raw);
-    if (WARPS_N > 1) __syncthreads();
+    static_assert(THREADS == NORM_THREADS, "");
+    const Stage stage = {staged, x_stride, x_first * 128, x_width, norm_sums};
+    const bool by_block = args.norm != nullptr || args.places != nullptr;
+    if (COLUMNS) stage_columns<Half>(args, held, stage, spare);
+    else if (!by_block) stage_part(args, staged + x_place, x_stride, first_unit * 128, part_units * 128, warp_n, WARPS_N);
+    else if (args.rows == 1 || args.places != nullptr) stage_rows<Half>(args, held, stage);
+    else stage_normalised<Half>(args, held, stage);
+    if (WARPS_N > 1 || COLUMNS || by_block) __syncthreads();
     else __syncwarp();
     if (SLICES > 1) cluster_wait(); // all blocks have started
 
@@ -301,11 +224,11 @@ DEVICE void gemv(const GemvArgs& args) {
         for (u32 i = count; i != 0; --i) {
             mbarrier_wait(barrier_at, parity);
             __syncwarp();
-            multiply_unit<Half, GROUPS, ASYM>(acc, unit, places, x_address);
+            multiply_unit<Half, GROUPS, ASYM, COLUMNS>(acc, unit, places, x_address);
             __syncwarp();
             fetch();
             advance();
-            x_address += 256;
+            x_address += COLUMNS ? 2048 : 256;
         }
 
         if (round > 0) barrier(); // the sums of the round before have been added
@@ -333,14 +256,16 @@ DEVICE void gemv(const GemvArgs& args) {
 #ifndef PROTOTYPE
 // One image holds one type of activations (IMAGE_HALF), group size (IMAGE_GROUPS in a unit) and kind of zero (IMAGE_ASYM).
 //
-// `gemv_<WARPS_N>x<WARPS_K>_<DEPTH>`. One block has the registers of a multiprocessor: two at a time, so that the next kernel
-// could fill its rings early, leave a thread 64 of them and are slower.
-#define GEMV(WARPS_N, WARPS_K, DEPTH) \
+// `gemv_<WARPS_N>x<WARPS_K>_<DEPTH>`, and `columns_` for act-ordered layers and several rows. One block has the registers of a
+// multiprocessor: two at a time, so that the next kernel could fill its rings early, leave a thread 64 of them and are slower.
+#define GEMV(NAME, WARPS_N, WARPS_K, DEPTH, COLUMNS) \
     extern "C" __global__ void __launch_bounds__(WARPS_N * WARPS_K * 32, 1) \
-        gemv_##WARPS_N##x##WARPS_K##_##DEPTH(const __grid_constant__ GemvArgs args) { \
-        gemv<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, WARPS_N, WARPS_K, DEPTH>(args); \
+        NAME##_##WARPS_N##x##WARPS_K##_##DEPTH(const __grid_constant__ GemvArgs args) { \
+        gemv<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, WARPS_N, WARPS_K, DEPTH, COLUMNS>(args); \
     }
-GEMV(1, 16, 2)
-GEMV(1, 16, 4)
-GEMV(2, 8, 2)
+GEMV(gemv, 1, 16, 2, false)
+GEMV(gemv, 1, 16, 4, false)
+GEMV(gemv, 2, 8, 2, false)
+GEMV(columns, 1, 16, 2, true)
+GEMV(columns, 2, 8, 2, true)
 #endif

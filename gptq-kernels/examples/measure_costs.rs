@@ -16,7 +16,7 @@ use std::{error::Error, io::ErrorKind, path::Path, time::Instant};
 
 use gptq_format::Bits;
 use gptq_kernels::{
-    CostError, CostTable, DenseType, Device, Epilogue, LinearSpec, Measurement, WeightFormat,
+    CostError, CostTable, DenseType, Device, Epilogue, LinearSpec, Measurement, Prologue, WeightFormat,
     cuda::{self, CudaDevice},
 };
 use half::f16;
@@ -75,7 +75,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let settings = Measurement { seconds: 0.02, rotated_bytes: 192 << 20 };
     let start = Instant::now();
     for (in_features, out_features, weight) in layers() {
-        let spec = LinearSpec { in_features, out_features, weight, bias: false, epilogue: Epilogue::Store };
+        let spec = LinearSpec {
+            in_features,
+            out_features,
+            weight,
+            bias: false,
+            prologue: Prologue::Load,
+            epilogue: Epilogue::Store,
+        };
         let added = table.measure_with(&device, &kernels, &spec, &ROWS, settings)?;
         let seconds = start.elapsed().as_secs_f32();
         println!("{in_features} x {out_features}, {weight:?}: {added} times, {seconds:.0} s in all");

@@ -7,7 +7,7 @@
 //! - that every element was written (outputs start as NaN) and nothing behind the rows (a strip of NaN must stay);
 //! - that equal calls give equal bits, and that a row gives the same bits alone, in batches of 1, 2, 3, 5, 16 and all
 //!   rows, at any place, and with 1 and 3 threads: in every [class of row counts](crate::Linear::row_class) by itself;
-//! - that an [`Epilogue`] ends as it says;
+//! - that a [`Prologue`] begins and an [`Epilogue`] ends as it says;
 //! - that operands of wrong shape and a workspace that is too small give their typed errors, and then nothing is written;
 //! - that `supports` tells the truth, and the layer its name and spec.
 //!
@@ -30,12 +30,17 @@ use std::ops::Range;
 
 use case::{Data, Weight};
 
-use crate::reference::Exact;
-use crate::{Device, Epilogue, ErrorBound, KernelError, Linear, LinearKernel, MatMut, MatRef, Workspace};
+use crate::reference::{Exact, rms_norm};
+use crate::{
+    Device, Epilogue, ErrorBound, KernelError, Linear, LinearKernel, MatMut, MatRef, Prologue, Workspace,
+};
 
 /// A kernel whose stated relative error is larger than this proves nothing by keeping it: weights that are rounded to bfloat16
 /// cost up to 2^-8, results another 2^-8.
 pub const LOOSEST_BOUND: f64 = 1.0 / 96.0;
+
+/// How much more a prologue may add: its result is rounded too.
+const LOOSEST_PROLOGUE: f64 = LOOSEST_BOUND;
 
 /// Half the distance of the subnormal numbers of fp16, the shortest type of activations.
 const COARSEST_FLOOR: f64 = 1.0 / (1u64 << 25) as f64;
@@ -84,7 +89,7 @@ impl<D: Device> CaseRun<'_, D> {
         let rows = self.case.rows;
         let mut data = Data::new(self.case)?;
         let prepared = match &data.weight {
-            Weight::Packed(packed) => self.kernel.prepare_fused(packed, self.case.epilogue),
+            Weight::Packed(packed) => self.kernel.prepare_fused(packed, &data.fusion(self.case)),
             dense @ Weight::Dense { .. } => match dense.as_dense() {
                 Some(dense) => self.kernel.prepare_dense(&dense),
                 None => return Ok(()),
@@ -110,10 +115,11 @@ impl<D: Device> CaseRun<'_, D> {
         let bound = self.kernel.error_bound(&data.spec);
         let loose = bound.relative + bound.output;
         // The comparison is this way round so that a bound of NaN fails too.
-        if !(loose <= LOOSEST_BOUND
-            && bound.absolute <= f64::from(f32::EPSILON)
-            && bound.floor <= COARSEST_FLOOR)
-        {
+        let loosest = match self.case.prologue {
+            Prologue::Load => LOOSEST_BOUND,
+            Prologue::RmsNorm => LOOSEST_BOUND + LOOSEST_PROLOGUE,
+        };
+        if !(loose <= loosest && bound.absolute <= f64::from(f32::EPSILON) && bound.floor <= COARSEST_FLOOR) {
             self.fail(rows, Defect::LooseBound(loose));
         }
 
@@ -121,6 +127,11 @@ impl<D: Device> CaseRun<'_, D> {
         self.device.upload(&data.x, D::slice_mut(&mut x, 0..data.x.len()))?;
         // What the device holds, after rounding to its element type, is what has to be multiplied.
         self.device.download(D::slice(&x, 0..data.x.len()), &mut data.x)?;
+        if !data.norm.is_empty() {
+            let mut norm = self.device.alloc(data.norm.len())?;
+            self.device.upload(&data.norm, D::slice_mut(&mut norm, 0..data.norm.len()))?;
+            self.device.download(D::slice(&norm, 0..data.norm.len()), &mut data.norm)?;
+        }
         let subject = Subject { layer: layer.as_ref(), data: &data, x };
 
         for class in self.row_classes(&subject) {
@@ -197,8 +208,9 @@ impl<D: Device> CaseRun<'_, D> {
         let bound = self.kernel.error_bound(&subject.data.spec);
         for (row, y) in whole.chunks(outputs).enumerate() {
             let mut worst: Option<(f64, Defect)> = None;
+            let x = self.multiplied(subject.data, row);
             for (output, &got) in y.iter().enumerate() {
-                let (exact, allowed) = self.expected(subject.data, &bound, row, output);
+                let (exact, allowed) = self.expected(subject.data, &bound, &x, row, output);
                 let error = (f64::from(got) - exact).abs();
                 let units = if error == 0.0 { 0.0 } else { error / allowed };
                 if worst.as_ref().is_none_or(|(most, _)| units > *most) {
@@ -214,9 +226,17 @@ impl<D: Device> CaseRun<'_, D> {
         }
     }
 
-    /// The exact value of an element, and how far from it a kernel with that bound may be.
-    fn expected(&self, data: &Data, bound: &ErrorBound, row: usize, output: usize) -> (f64, f64) {
+    /// What is multiplied in a row.
+    fn multiplied(&self, data: &Data, row: usize) -> Vec<f64> {
         let x = &data.x[row * self.case.in_features..][..self.case.in_features];
+        match self.case.prologue {
+            Prologue::Load => x.iter().map(|&x| f64::from(x)).collect(),
+            Prologue::RmsNorm => rms_norm(x, &data.norm, case::EPS),
+        }
+    }
+
+    /// The exact value of an element, and how far from it a kernel with that bound may be; `x` is what is multiplied.
+    fn expected(&self, data: &Data, bound: &ErrorBound, x: &[f64], row: usize, output: usize) -> (f64, f64) {
         let p = data.reference.element(x, output);
         match self.case.epilogue {
             Epilogue::Store => (p.y, bound.of(p.magnitude, p.y, p.weight_sum)),

@@ -52,6 +52,7 @@ mod plain;
 #[cfg(feature = "quantize")]
 mod quantize;
 mod repack;
+mod spread;
 mod stopwatch;
 mod units;
 mod wgmma;

@@ -1,4 +1,4 @@
-use crate::{Epilogue, LinearSpec};
+use crate::{Epilogue, LinearSpec, Prologue};
 
 /// Why a kernel cannot run a layer, or cannot run on this machine at all.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -86,6 +86,12 @@ pub enum Unsupported {
         /// What the layer does with its product.
         epilogue: Epilogue,
     },
+    /// The kernel does not begin this way.
+    #[error("prologue {prologue:?} is not supported for this layer")]
+    Prologue {
+        /// What the layer does with its input.
+        prologue: Prologue,
+    },
 }
 
 /// What can go wrong in preparing or running a layer.
@@ -150,10 +156,10 @@ pub enum KernelError {
         /// Elements given.
         got: usize,
     },
-    /// A dense weight or its bias has not as many elements as its shape says, or none at all.
+    /// A dense weight, a bias or a norm has not as many elements as the layer's shape says, or none at all.
     #[error("{field} has {got} elements, the layer is {out_features} x {in_features}")]
     WeightLength {
-        /// `weight` or `bias`.
+        /// `weight`, `bias` or `norm`.
         field: &'static str,
         /// Input features.
         in_features: usize,

@@ -10,6 +10,7 @@ mod dense;
 mod device;
 mod draw;
 mod error;
+mod fusion;
 mod linear;
 mod matrix;
 #[cfg(feature = "quantize")]
@@ -23,7 +24,8 @@ pub use dense::{DenseData, DenseType, DenseWeight};
 pub use device::{Device, Workspace};
 pub use draw::Draw;
 pub use error::{KernelError, Unsupported};
-pub use linear::{Epilogue, Linear, LinearKernel, LinearSpec, WeightFormat};
+pub use fusion::{Epilogue, Fusion, Prologue, RmsNorm};
+pub use linear::{Linear, LinearKernel, LinearSpec, WeightFormat};
 pub use matrix::{MatMut, MatRef};
 pub use select::{
     CostError, CostPoint, CostTable, Measurement, PassedOver, Reason, Selection, Selector, Workload,

@@ -3,7 +3,8 @@ use std::ops::RangeInclusive;
 use gptq_format::{Bits, PackedLinear};
 
 use crate::{
-    DenseType, DenseWeight, Device, ErrorBound, KernelError, MatMut, MatRef, Unsupported, Workspace,
+    DenseType, DenseWeight, Device, Epilogue, ErrorBound, Fusion, KernelError, MatMut, MatRef, Prologue,
+    Unsupported, Workspace,
 };
 
 /// What a linear layer is, as far as the choice of a kernel depends on it.
@@ -17,22 +18,10 @@ pub struct LinearSpec {
     pub weight: WeightFormat,
     /// Whether a bias is added.
     pub bias: bool,
+    /// What becomes of `x`.
+    pub prologue: Prologue,
     /// What becomes of the product.
     pub epilogue: Epilogue,
-}
-
-/// What a linear layer does with `p = x W^T + bias` before it stores it. Nothing is rounded to the device's element type
-/// in between, so that a fused layer is more exact than the operations it stands for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Epilogue {
-    /// `y = p`
-    #[default]
-    Store,
-    /// `y += p`: the residual of a decoder.
-    Add,
-    /// `y[i] = silu(p[i]) * p[i + out_features / 2]` with `silu(g) = g / (1 + exp(-g))`: gate and up of a decoder, one
-    /// above the other in `W`. `out_features` is even, and `y` has half as many columns.
-    SiluMul,
 }
 
 /// How a linear layer stores its weight.
@@ -62,19 +51,29 @@ impl LinearSpec {
         }
     }
 
-    /// An error unless the layer only stores its product: what kernels without epilogues ask in
+    /// An error unless the layer multiplies `x` as it is: what kernels without prologues ask in
     /// [`supports`](LinearKernel::supports).
-    pub fn only_stores(&self) -> Result<(), Unsupported> {
+    pub fn only_loads(&self) -> Result<(), Unsupported> {
+        match self.prologue {
+            Prologue::Load => Ok(()),
+            prologue => Err(Unsupported::Prologue { prologue }),
+        }
+    }
+
+    /// An error unless the layer multiplies and does nothing else: what kernels without prologues and epilogues ask in
+    /// [`supports`](LinearKernel::supports).
+    pub fn only_multiplies(&self) -> Result<(), Unsupported> {
+        self.only_loads()?;
         match self.epilogue {
             Epilogue::Store => Ok(()),
             epilogue => Err(Unsupported::Epilogue { epilogue }),
         }
     }
 
-    /// The same layer with another end.
+    /// The same layer with another beginning and end.
     #[must_use]
-    pub fn with_epilogue(self, epilogue: Epilogue) -> Self {
-        Self { epilogue, ..self }
+    pub fn fused(self, fusion: &Fusion<'_>) -> Self {
+        Self { prologue: fusion.prologue(), epilogue: fusion.epilogue, ..self }
     }
 
     /// The spec of a packed layer.
@@ -89,6 +88,7 @@ impl LinearSpec {
                 act_order: weight.is_act_order(),
             },
             bias: weight.bias().is_some(),
+            prologue: Prologue::Load,
             epilogue: Epilogue::Store,
         }
     }
@@ -100,6 +100,7 @@ impl LinearSpec {
             out_features: weight.out_features,
             weight: WeightFormat::Dense(weight.data.dtype()),
             bias: weight.bias.is_some(),
+            prologue: Prologue::Load,
             epilogue: Epilogue::Store,
         }
     }
@@ -124,21 +125,31 @@ pub trait LinearKernel<D: Device>: Send + Sync {
     /// Repacks the weight into a layout of this kernel's own, which only the returned value can read.
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<D>>, KernelError>;
 
-    /// [`prepare`](Self::prepare) for a layer with an epilogue.
+    /// [`prepare`](Self::prepare) for a layer that does something before or after the product.
     ///
-    /// Most kernels only store; that is what the default does.
+    /// Most kernels only multiply; that is what the default does. Errors: [`KernelError::Unsupported`], and
+    /// [`KernelError::WeightLength`] for a norm that does not fit the layer.
     fn prepare_fused(
         &self,
         weight: &PackedLinear,
-        epilogue: Epilogue,
+        fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<D>>, KernelError> {
-        match epilogue {
-            Epilogue::Store => self.prepare(weight),
-            _ => {
-                let reason = Unsupported::Epilogue { epilogue };
-                Err(KernelError::Unsupported { kernel: self.name(), reason })
+        let unsupported = |reason| KernelError::Unsupported { kernel: self.name(), reason };
+        LinearSpec::of(weight).fused(fusion).only_multiplies().map_err(unsupported)?;
+        self.prepare(weight)
+    }
+
+    /// As much of `fusion` as this kernel does for the layer `spec`, with what it said of the parts that it does not: who
+    /// asks for it runs the rest by itself.
+    fn fusible<'a>(&self, spec: &LinearSpec, fusion: Fusion<'a>) -> (Fusion<'a>, Option<Unsupported>) {
+        let mut refused = None;
+        for part in fusion.parts() {
+            match self.supports(&spec.clone().fused(&part)) {
+                Ok(()) => return (part, refused),
+                Err(reason) => refused = refused.or(Some(reason)),
             }
         }
+        (Fusion::default(), refused)
     }
 
     /// Copies a dense weight into a layout of this kernel's own, in the type it has.
@@ -165,7 +176,8 @@ pub trait LinearKernel<D: Device>: Send + Sync {
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound;
 }
 
-/// A linear layer that is ready to run: `y = x W^T + bias`, quantised or dense, then its [`Epilogue`].
+/// A linear layer that is ready to run: the [`Prologue`] of `x`, `y = x W^T + bias`, quantised or dense, then the
+/// [`Epilogue`].
 ///
 /// Row invariance: row `r` of `y` depends on row `r` of `x` alone, to the bit. The position of a row, the other rows and
 /// the number of threads change nothing; nor does the number of rows in a call, as long as it stays in one
@@ -190,7 +202,7 @@ pub trait Linear<D: Device>: Send + Sync {
     /// Elements of scratch that [`forward`](Self::forward) needs for `rows` rows.
     fn workspace_len(&self, rows: usize) -> usize;
 
-    /// `y (rows, y_features) = epilogue(x (rows, in_features) W^T + bias)`. Allocates nothing and, on a GPU, does not wait.
+    /// `y (rows, y_features) = epilogue(prologue(x (rows, in_features)) W^T + bias)`. Allocates nothing and, on a GPU, does not wait.
     ///
     /// Errors: [`KernelError::Shape`] if `x` or `y` does not fit the layer, [`KernelError::Workspace`] if the scratch
     /// is too small. Nothing has been written then.

@@ -8,7 +8,7 @@
 use gptq_format::PackedLinear;
 
 use crate::{
-    DenseWeight, Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
+    DenseWeight, Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
     Unsupported, Workspace,
     cpu::{Cpu, check_operands},
 };
@@ -19,6 +19,8 @@ pub struct Reference {
     spec: LinearSpec,
     weight: Vec<f32>,
     bias: Option<Vec<f32>>,
+    /// Weight and eps of the norm that the kernel puts `x` through.
+    norm: Option<(Vec<f32>, f32)>,
 }
 
 /// One output element by [`Reference`].
@@ -39,6 +41,7 @@ impl Reference {
             spec: LinearSpec::of(weight),
             weight: weight.dequantize(),
             bias: weight.bias().map(|bias| bias.iter().map(|b| b.to_f32()).collect()),
+            norm: None,
         }
     }
 
@@ -51,23 +54,39 @@ impl Reference {
             spec: LinearSpec::of_dense(weight),
             weight: (0..weight.data.len()).filter_map(|i| weight.data.get(i)).collect(),
             bias: weight.bias.map(<[f32]>::to_vec),
+            norm: None,
         })
     }
 
-    /// Output `o` for one row of activations, `x` of length `in_features`. Panics if `x` is shorter or `o` is not below
-    /// `out_features`.
-    pub fn element(&self, x: &[f32], o: usize) -> Exact {
+    /// Output `o` for one row of activations, `x` of length `in_features`, in float32 or float64. Panics if `x` is shorter or
+    /// `o` is not below `out_features`.
+    pub fn element<X: Copy + Into<f64>>(&self, x: &[X], o: usize) -> Exact {
+        self.sum(x[..self.spec.in_features].iter().map(|&x| x.into()), o)
+    }
+
+    fn sum(&self, x: impl Iterator<Item = f64>, o: usize) -> Exact {
         let k = self.spec.in_features;
         let bias = self.bias.as_ref().map_or(0.0, |bias| f64::from(bias[o]));
         let mut exact = Exact { y: bias, magnitude: bias.abs(), weight_sum: 0.0 };
-        for (&w, &x) in self.weight[o * k..(o + 1) * k].iter().zip(&x[..k]) {
-            let (w, x) = (f64::from(w), f64::from(x));
+        for (&w, x) in self.weight[o * k..(o + 1) * k].iter().zip(x) {
+            let w = f64::from(w);
             exact.y += x * w;
             exact.magnitude += (x * w).abs();
             exact.weight_sum += (1.0 + x.abs()) * w.abs();
         }
         exact
     }
+}
+
+/// `x / sqrt(mean(x^2) + eps) * weight` in float64.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f64> {
+    normalised(x, weight, eps).collect()
+}
+
+fn normalised(x: &[f32], weight: &[f32], eps: f32) -> impl Iterator<Item = f64> {
+    let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / x.len() as f64;
+    let root = (mean + f64::from(eps)).sqrt();
+    x.iter().zip(weight).map(move |(&x, &w)| f64::from(x) / root * f64::from(w))
 }
 
 /// The reference as a kernel, `cpu-reference-f64`: slow, single-threaded, for comparisons by name.
@@ -92,11 +111,17 @@ impl LinearKernel<Cpu> for ReferenceKernel {
     fn prepare_fused(
         &self,
         weight: &PackedLinear,
-        epilogue: Epilogue,
+        fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
-        let mut reference = Reference::new(weight);
-        reference.spec.epilogue = epilogue;
-        Ok(Box::new(reference))
+        let Reference { spec, weight, bias, .. } = Reference::new(weight);
+        let norm = match fusion.norm {
+            Some(norm) => {
+                norm.validate(spec.in_features, spec.out_features)?;
+                Some((norm.weight.to_vec(), norm.eps))
+            }
+            None => None,
+        };
+        Ok(Box::new(Reference { spec: spec.fused(fusion), weight, bias, norm }))
     }
 
     fn prepare_dense(&self, weight: &DenseWeight<'_>) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
@@ -137,13 +162,17 @@ impl Linear<Cpu> for Reference {
         let y = y.data();
         for row in 0..x.rows() {
             let x = &x.data()[row * x_stride..][..self.spec.in_features];
+            let product = |o| match &self.norm {
+                Some((weight, eps)) => self.sum(normalised(x, weight, *eps), o).y,
+                None => self.element(x, o).y,
+            };
             let width = self.spec.y_features();
             for (o, y) in y[row * y_stride..][..width].iter_mut().enumerate() {
-                let p = self.element(x, o).y;
+                let p = product(o);
                 *y = match self.spec.epilogue {
                     Epilogue::Store => p,
                     Epilogue::Add => f64::from(*y) + p,
-                    Epilogue::SiluMul => p / (1.0 + (-p).exp()) * self.element(x, o + width).y,
+                    Epilogue::SiluMul => p / (1.0 + (-p).exp()) * product(o + width),
                 } as f32;
             }
         }

@@ -82,7 +82,7 @@ impl fmt::Display for Selection {
 /// Chooses kernels for layers: by name, by cost, or by order.
 ///
 /// ```
-/// use gptq_kernels::{Device, CostTable, DenseType, Epilogue, LinearSpec, Selector, WeightFormat, Workload, cpu};
+/// use gptq_kernels::{Device, CostTable, DenseType, Epilogue, LinearSpec, Prologue, Selector, WeightFormat, Workload, cpu};
 ///
 /// # fn main() -> Result<(), gptq_kernels::KernelError> {
 /// let spec = LinearSpec {
@@ -90,6 +90,7 @@ impl fmt::Display for Selection {
 ///     out_features: 64,
 ///     weight: WeightFormat::Dense(DenseType::F32),
 ///     bias: false,
+///     prologue: Prologue::Load,
 ///     epilogue: Epilogue::Store,
 /// };
 /// let kernels = cpu::kernels();

@@ -7,8 +7,8 @@ use std::{
 
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use gptq_kernels::{
-    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
-    Workspace,
+    Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Prologue,
+    Unsupported, Workspace,
     conformance::{self, Case, CaseWeight, Defect, Groups, Report},
     cpu::{self, Cpu},
     reference::ReferenceKernel,
@@ -35,6 +35,7 @@ enum Fault {
     Mislabels,
     RefusesWhatItSupports,
     StoresInsteadOfAdding,
+    LoadsInsteadOfNormalising,
     SumsByDeclaredClass,
     WrongInTheClassOfFewRows,
     MisstatesClass,
@@ -70,15 +71,18 @@ impl LinearKernel<Cpu> for Faulty {
         if self.fault == Fault::StoresInsteadOfAdding && spec.epilogue == Epilogue::Add {
             return Ok(());
         }
+        if self.fault == Fault::LoadsInsteadOfNormalising && spec.epilogue == Epilogue::Store {
+            return Ok(());
+        }
         self.right.supports(spec)
     }
 
     fn prepare_fused(
         &self,
         w: &PackedLinear,
-        epilogue: Epilogue,
+        fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<Cpu>>, KernelError> {
-        let spec = LinearSpec::of(w).with_epilogue(epilogue);
+        let spec = LinearSpec::of(w).fused(fusion);
         self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: self.name(), reason })?;
         let right = self.prepare(w)?;
         Ok(Box::new(FaultyLinear { fault: self.fault, spec, right, calls: AtomicUsize::new(0) }))
@@ -228,13 +232,16 @@ fn cases() -> Vec<Case> {
         weight,
         bias,
         rows: 17,
+        prologue: Prologue::Load,
         epilogue,
     };
+    let in_order = weight(Some(128), true, Groups::InOrder);
     vec![
         case(weight(Some(32), false, Groups::ActOrder), true, Epilogue::Store),
-        case(weight(Some(128), true, Groups::InOrder), false, Epilogue::Store),
-        case(weight(Some(128), true, Groups::InOrder), false, Epilogue::Add),
+        case(in_order, false, Epilogue::Store),
+        case(in_order, false, Epilogue::Add),
         case(weight(Some(32), false, Groups::InOrder), true, Epilogue::SiluMul),
+        Case { prologue: Prologue::RmsNorm, ..case(in_order, true, Epilogue::Store) },
     ]
 }
 
@@ -256,14 +263,14 @@ fn finds(fault: Fault, expected: impl Fn(&Defect) -> bool) {
 fn the_kernel_without_fault_passes() {
     let report = report(Fault::None);
     assert!(report.passed(), "{report}");
-    assert_eq!((report.run, report.skipped.len()), (2, 2));
+    assert_eq!((report.run, report.skipped.len()), (2, 3));
 }
 
 #[test]
 fn a_kernel_that_does_everything_passes() {
     let report = conformance::run_cases(&Cpu, &ReferenceKernel, &cases());
     assert!(report.passed(), "{report}");
-    assert_eq!(report.run, 4);
+    assert_eq!(report.run, 5);
 }
 
 #[test]
@@ -300,8 +307,9 @@ fn classes_of_row_counts() {
 }
 
 #[test]
-fn wrong_ends() {
+fn wrong_beginnings_and_ends() {
     finds(Fault::StoresInsteadOfAdding, |defect| matches!(defect, Defect::Inexact { .. }));
+    finds(Fault::LoadsInsteadOfNormalising, |defect| matches!(defect, Defect::Inexact { .. }));
 }
 
 #[test]

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use cudarc::driver::{CudaStream, sys};
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use gptq_kernels::{
-    Device, Epilogue, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, Workspace,
+    Backend, Device, Epilogue, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
+    Prologue, RmsNorm, Unsupported, Workspace,
     conformance::{self, Case},
     cuda::{self, CudaDevice, Element},
     reference::Reference,
@@ -69,7 +70,9 @@ fn a_small_battery() {
     let Some(device) = gpu::<f16>() else { return };
     let cases: Vec<Case> = Case::all()
         .into_iter()
-        .filter(|case| case.in_features == 203 || matches!(case.epilogue, Epilogue::Add | Epilogue::SiluMul))
+        .filter(|case| {
+            case.in_features == 203 || case.epilogue != Epilogue::Store || case.prologue != Prologue::Load
+        })
         .map(|case| Case { rows: case.rows.min(17), ..case })
         .step_by(5)
         .collect();
@@ -386,6 +389,75 @@ fn begin_anywhere(layer: &Layer, rows: usize) {
             }
         }
     });
+}
+
+#[test]
+fn a_prologue_gives_the_bits_of_the_norm() {
+    let layers = [
+        Layer::new(4096, 96),
+        Layer::new(640, 96),
+        Layer::new(203, 40),
+        Layer::new(8192, 64),
+        // Longer than what threads hold.
+        Layer::new(14336, 64),
+        Layer { act_order: true, ..Layer::new(4096, 64) },
+        Layer { act_order: true, ..Layer::new(203, 40) },
+        Layer { act_order: true, ..Layer::new(14336, 32) },
+    ];
+    for layer in layers {
+        same_bits_as_norm::<f16>(&layer);
+        same_bits_as_norm::<bf16>(&layer);
+    }
+}
+
+fn same_bits_as_norm<T: Element>(layer: &Layer) {
+    let mut fused_any = false;
+    each::<T>(layer, |device, kernel, packed| {
+        let (inputs, outputs) = (packed.in_features(), packed.out_features());
+        let mut random = Random(19);
+        let weight: Vec<f32> = (0..inputs).map(|_| 1.0 + random.symmetric() / 2.0).collect();
+        let norm = RmsNorm { weight: &weight, eps: 1e-5 };
+        let (fusion, _) =
+            kernel.fusible(&LinearSpec::of(packed), Fusion { norm: Some(norm), ..Fusion::default() });
+        if fusion.norm.is_none() {
+            return;
+        }
+        fused_any = true;
+        let short = RmsNorm { weight: &weight[1..], eps: 1e-5 };
+        let wrong = kernel.prepare_fused(packed, &Fusion { norm: Some(short), ..Fusion::default() });
+        assert!(matches!(wrong, Err(KernelError::WeightLength { field: "norm", .. })));
+
+        let fused = kernel.prepare_fused(packed, &fusion).unwrap();
+        let mut norm_weight = device.alloc(inputs).unwrap();
+        device.upload(&weight, CudaDevice::slice_mut(&mut norm_weight, 0..inputs)).unwrap();
+        for rows in [1, 2, 3, 5, 8, 9, 20] {
+            let run = Running::new(device, kernel, packed, rows, |i| {
+                (1.0 + (i / inputs) as f32) * random.symmetric()
+            })
+            .unwrap();
+            let read =
+                |buffer, len, cols| MatRef::new(CudaDevice::slice(buffer, 0..len), rows, cols).unwrap();
+            let (mut normed, mut y) =
+                (device.alloc(rows * inputs).unwrap(), device.alloc(rows * outputs).unwrap());
+            let into =
+                MatMut::new(CudaDevice::slice_mut(&mut normed, 0..rows * inputs), rows, inputs).unwrap();
+            let slice = CudaDevice::slice(&norm_weight, 0..inputs);
+            device.rms_norm(read(&run.x, rows * inputs, inputs), slice, 1e-5, into).unwrap();
+            let mut results = Vec::new();
+            for (layer, x) in [(&run.layer, &normed), (&fused, &run.x)] {
+                let mut workspace = Workspace::new(device, layer.workspace_len(rows)).unwrap();
+                let into =
+                    MatMut::new(CudaDevice::slice_mut(&mut y, 0..rows * outputs), rows, outputs).unwrap();
+                layer.forward(read(x, rows * inputs, inputs), into, &mut workspace).unwrap();
+                let mut got = vec![0.0; rows * outputs];
+                device.download(CudaDevice::slice(&y, 0..rows * outputs), &mut got).unwrap();
+                results.push(got);
+            }
+            assert_eq!(results[0], results[1], "{}, {layer:?}, {rows} rows", kernel.name());
+        }
+    });
+    // Kernels with a prologue do not run on every GPU.
+    println!("{layer:?}: {}", if fused_any { "compared" } else { "no kernel has a prologue" });
 }
 
 #[test]

@@ -1,7 +1,7 @@
 use gptq_format::{PackedLinear, PackedParts};
 use gptq_kernels::{
-    Backend, DenseType, Epilogue, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Selector,
-    WeightFormat, Workspace,
+    Backend, DenseType, Epilogue, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
+    Prologue, Selector, WeightFormat, Workspace,
 };
 
 use crate::{
@@ -54,33 +54,28 @@ impl<D: Backend> Preparation<'_, D> {
         name: &LinearName,
         weight: &LinearWeight<'_>,
     ) -> Result<Box<dyn Linear<D>>, LlamaError> {
-        self.fused(name, weight, Epilogue::Store)
+        self.fused(name, weight, Fusion::default())
     }
 
-    /// A layer with an epilogue if the kernel that is best for it has it, and without one if not: the layer's spec says
-    /// which. The choice of the kernel does not depend on the epilogue.
+    /// A layer that does as much of `fusion` as the kernel that is best for it does: the layer's spec says how much. The
+    /// choice of the kernel does not depend on it.
     pub(crate) fn fused(
         &self,
         name: &LinearName,
         weight: &LinearWeight<'_>,
-        epilogue: Epilogue,
+        fusion: Fusion<'_>,
     ) -> Result<Box<dyn Linear<D>>, LlamaError> {
         let in_layer = |source| LlamaError::Layer { tensor: name.module.clone(), source };
         match weight {
             LinearWeight::Packed(packed) => {
                 let spec = LinearSpec::of(packed);
                 let kernel = self.select(name, &spec, self.kernel)?;
-                if epilogue == Epilogue::Store {
-                    return kernel.prepare(packed).map_err(in_layer);
+                let (part, refused) = kernel.fusible(&spec, fusion);
+                if let Some(reason) = refused {
+                    let (layer, kernel, prologue) = (&name.module, kernel.name(), fusion.prologue());
+                    tracing::debug!(layer, kernel, ?prologue, epilogue = ?fusion.epilogue, %reason, "not fused");
                 }
-                match kernel.supports(&spec.with_epilogue(epilogue)) {
-                    Ok(()) => kernel.prepare_fused(packed, epilogue).map_err(in_layer),
-                    Err(reason) => {
-                        let (layer, kernel_name) = (&name.module, kernel.name());
-                        tracing::debug!(layer, kernel = kernel_name, ?epilogue, %reason, "not fused");
-                        kernel.prepare(packed).map_err(in_layer)
-                    }
-                }
+                kernel.prepare_fused(packed, &part).map_err(in_layer)
             }
             LinearWeight::Dense { tensor, bias } => {
                 let dense = tensor.as_dense(bias.as_deref());
@@ -103,6 +98,7 @@ impl<D: Backend> Preparation<'_, D> {
             out_features: weight.rows(),
             weight: WeightFormat::Dense(dtype),
             bias: bias.is_some(),
+            prologue: Prologue::Load,
             epilogue: Epilogue::Store,
         };
         let kernel = self.select(name, &spec, None)?;
@@ -139,17 +135,17 @@ impl<D: Backend> Preparation<'_, D> {
         Ok(kernel)
     }
 
-    /// Layers in the order of their columns, with an epilogue if they become one layer whose kernel has it.
+    /// Layers in the order of their columns, which do as much of `fusion` as their kernel does if they become one layer.
     pub(crate) fn fused_projections(
         &self,
         layers: Vec<(LinearName, LinearWeight<'_>)>,
-        epilogue: Epilogue,
+        fusion: Fusion<'_>,
     ) -> Result<Projections<D>, LlamaError> {
         match joined(&layers) {
             Some((name, packed)) => {
                 // Repacking takes memory, too.
                 drop(layers);
-                self.one(&name, packed, epilogue)
+                self.one(&name, packed, fusion)
             }
             None => self.side_by_side(&layers),
         }
@@ -159,9 +155,9 @@ impl<D: Backend> Preparation<'_, D> {
         &self,
         name: &LinearName,
         packed: PackedLinear,
-        epilogue: Epilogue,
+        fusion: Fusion<'_>,
     ) -> Result<Projections<D>, LlamaError> {
-        let linear = self.fused(name, &LinearWeight::Packed(packed), epilogue)?;
+        let linear = self.fused(name, &LinearWeight::Packed(packed), fusion)?;
         let features = linear.spec().y_features();
         Ok(Projections { parts: vec![Part { offset: 0, linear }], features })
     }

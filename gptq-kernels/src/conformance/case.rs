@@ -3,7 +3,13 @@ use std::fmt;
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use half::{bf16, f16};
 
-use crate::{DenseData, DenseType, DenseWeight, Epilogue, KernelError, LinearSpec, reference::Reference};
+use crate::{
+    DenseData, DenseType, DenseWeight, Epilogue, Fusion, KernelError, LinearSpec, Prologue, RmsNorm,
+    reference::Reference,
+};
+
+/// Of the norms of all cases.
+pub(super) const EPS: f32 = 1e-5;
 
 /// One layer of the battery, and how many rows it is run with.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +24,8 @@ pub struct Case {
     pub bias: bool,
     /// Rows of the largest call; smaller calls are made of parts of it.
     pub rows: usize,
+    /// What becomes of the input.
+    pub prologue: Prologue,
     /// What becomes of the product.
     pub epilogue: Epilogue,
 }
@@ -70,6 +78,9 @@ impl fmt::Display for Case {
             }
         }
         write!(f, "{}", if self.bias { " bias" } else { "" })?;
+        if self.prologue != Prologue::Load {
+            write!(f, " {:?}", self.prologue)?;
+        }
         match self.epilogue {
             Epilogue::Store => Ok(()),
             epilogue => write!(f, " {epilogue:?}"),
@@ -87,7 +98,7 @@ impl Case {
     }
 
     /// The battery: every width (5, 6 and 7 bits in few cases), zero-point convention, order and group size, on regular
-    /// and odd shapes, with and without bias; larger layers; many rows; epilogues; and dense weights.
+    /// and odd shapes, with and without bias; larger layers; many rows; prologues and epilogues; and dense weights.
     pub fn all() -> Vec<Case> {
         let case = |in_features, out_features, weight, bias| Case {
             in_features,
@@ -95,6 +106,7 @@ impl Case {
             weight,
             bias,
             rows: 1,
+            prologue: Prologue::Load,
             epilogue: Epilogue::Store,
         };
         let mut cases = Vec::new();
@@ -115,6 +127,7 @@ impl Case {
             for sym in [true, false] {
                 let weight = |group_size, groups| CaseWeight::Packed { bits, group_size, sym, groups };
                 let fused = |epilogue, case| Case { epilogue, ..case };
+                let normed = |case| Case { prologue: Prologue::RmsNorm, ..case };
                 let case = |inputs, outputs, weight, bias, rows| Case {
                     rows,
                     ..case(inputs, outputs, weight, bias)
@@ -125,6 +138,15 @@ impl Case {
                     fused(Epilogue::SiluMul, case(256, 128, weight(Some(128), Groups::InOrder), false, 33)),
                     fused(Epilogue::SiluMul, case(203, 70, weight(Some(32), Groups::ActOrder), true, 17)),
                     fused(Epilogue::SiluMul, case(1100, 74, weight(None, Groups::InOrder), false, 67)),
+                    normed(case(256, 72, weight(Some(128), Groups::InOrder), true, 33)),
+                    normed(case(4360, 33, weight(Some(128), Groups::InOrder), false, 9)),
+                    normed(case(203, 33, weight(Some(64), Groups::InOrder), false, 17)),
+                    normed(case(1104, 40, weight(Some(128), Groups::ActOrder), false, 9)),
+                    normed(fused(
+                        Epilogue::Add,
+                        case(1100, 33, weight(Some(32), Groups::ActOrder), true, 17),
+                    )),
+                    normed(fused(Epilogue::SiluMul, case(256, 70, weight(None, Groups::InOrder), false, 33))),
                     case(8, 8, weight(Some(16), Groups::InOrder), true, 5),
                     case(1, 1, weight(None, Groups::InOrder), true, 3),
                     case(300, 40, weight(Some(32), Groups::Arbitrary), false, 17),
@@ -162,6 +184,8 @@ pub(super) struct Data {
     pub(super) x: Vec<f32>,
     /// What [`Epilogue::Add`] adds to, `(rows, out_features)`; exact in half precision.
     pub(super) residual: Vec<f32>,
+    /// Weight of [`Prologue::RmsNorm`], `(in_features)`; empty if there is none.
+    pub(super) norm: Vec<f32>,
 }
 
 pub(super) enum Weight {
@@ -193,14 +217,14 @@ impl Data {
     /// Makes the data of a case, the same in every run.
     pub(super) fn new(case: &Case) -> Result<Self, KernelError> {
         let mut random = Random(0x5eed);
-        let &Case { in_features, out_features, weight, bias, rows, epilogue } = case;
+        let &Case { in_features, out_features, weight, bias, rows, prologue, epilogue } = case;
         let bias = bias.then(|| (0..out_features).map(|_| random.symmetric()).collect::<Vec<_>>());
         let (weight, spec, reference) = match weight {
             CaseWeight::Packed { bits, group_size, sym, groups } => {
                 let group_size = group_size.unwrap_or(in_features);
                 let packed = packed(&mut random, case, bits, group_size, sym, groups, bias.as_deref());
                 let reference = Reference::new(&packed);
-                let spec = LinearSpec::of(&packed).with_epilogue(epilogue);
+                let spec = LinearSpec { prologue, epilogue, ..LinearSpec::of(&packed) };
                 (Weight::Packed(Box::new(packed)), spec, reference)
             }
             CaseWeight::Dense(dtype) => {
@@ -232,7 +256,17 @@ impl Data {
             .collect();
         let residual =
             (0..rows * out_features).map(|_| bf16::from_f32(random.symmetric()).to_f32()).collect();
-        Ok(Self { weight, spec, reference, x, residual })
+        let norm = match prologue {
+            Prologue::Load => Vec::new(),
+            Prologue::RmsNorm => (0..in_features).map(|_| 1.0 + 0.5 * random.symmetric()).collect(),
+        };
+        Ok(Self { weight, spec, reference, x, residual, norm })
+    }
+
+    /// What the layer of `case` does besides multiplying.
+    pub(super) fn fusion(&self, case: &Case) -> Fusion<'_> {
+        let norm = RmsNorm { weight: &self.norm, eps: EPS };
+        Fusion { norm: (case.prologue == Prologue::RmsNorm).then_some(norm), epilogue: case.epilogue }
     }
 }
 

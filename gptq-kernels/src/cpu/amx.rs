@@ -59,7 +59,7 @@ impl LinearKernel<Cpu> for AmxKernel {
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
-        spec.only_stores()?;
+        spec.only_multiplies()?;
         match spec.weight {
             WeightFormat::Gptq { .. } | WeightFormat::Dense(DenseType::Bf16) => Ok(()),
             WeightFormat::Dense(DenseType::F16 | DenseType::F32) => Err(Unsupported::WeightFormat),

@@ -39,7 +39,7 @@ impl<S: Simd> LinearKernel<Cpu> for FloatKernel<S> {
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
-        spec.only_stores()
+        spec.only_multiplies()
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<Cpu>>, KernelError> {

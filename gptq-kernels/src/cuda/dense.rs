@@ -42,7 +42,7 @@ use super::{
 };
 use crate::{
     DenseData, DenseWeight, Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
-    MatRef, Unsupported, WeightFormat, Workspace, cpu::check_operands,
+    MatRef, Prologue, Unsupported, WeightFormat, Workspace, cpu::check_operands,
 };
 
 pub(super) const NAME: &str = "cuda-dense";
@@ -183,7 +183,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
         let WeightFormat::Dense(dtype) = spec.weight else { return Err(Unsupported::WeightFormat) };
-        spec.only_stores()?;
+        spec.only_multiplies()?;
         if self.name == CUBLAS_NAME && dtype != T::TYPE {
             return Err(Unsupported::WeightFormat);
         }
@@ -231,6 +231,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
             out_features: n,
             weight: WeightFormat::Dense(T::TYPE),
             bias: bias.is_some(),
+            prologue: Prologue::Load,
             epilogue: Epilogue::Store,
         };
         self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: self.name, reason })?;

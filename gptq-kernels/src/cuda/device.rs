@@ -251,6 +251,11 @@ impl<'a, T> CudaMut<'a, T> {
         self.address
     }
 
+    /// The same memory, for kernels on another stream.
+    pub(super) fn on(self, stream: sys::CUstream) -> Self {
+        Self { stream, ..self }
+    }
+
     /// The stream that the memory belongs to.
     pub fn stream(&self) -> sys::CUstream {
         self.stream

@@ -25,7 +25,7 @@ use super::{
     units::{MOST_FEATURES, NONE, Order, check_grouping},
 };
 use crate::{
-    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
+    Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
     WeightFormat, Workspace, cpu::check_operands,
 };
 
@@ -158,22 +158,23 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Exllama<T> {
         let WeightFormat::Gptq { group_size, .. } = spec.weight else {
             return Err(Unsupported::WeightFormat);
         };
+        spec.only_loads()?;
         // Columns are 16-bit numbers.
         check_grouping(spec, group_size, MOST_FEATURES)
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        self.prepare_fused(weight, Epilogue::Store)
+        self.prepare_fused(weight, &Fusion::default())
     }
 
     fn prepare_fused(
         &self,
         weight: &PackedLinear,
-        epilogue: Epilogue,
+        fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight).with_epilogue(epilogue);
+        let spec = LinearSpec::of(weight).fused(fusion);
         self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: NAME, reason })?;
-        let units = Units::pack(weight, epilogue);
+        let units = Units::pack(weight, fusion.epilogue);
         let image = format!("exllama-{}-{}", T::NAME, stored(weight).0);
         let most = self.device.shared_memory();
         let function = |rows| self.device.images().function(&image, &format!("exllama_{rows}"), most);

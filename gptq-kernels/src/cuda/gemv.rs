@@ -43,17 +43,19 @@ use super::{
     CudaDevice, Element,
     driver::{Function, Launch, Resident},
     plain::output_bound,
-    units::{DEPTH, MOST_FEATURES, STRIPE, Units, check_grouping, unit_bytes},
+    units::{DEPTH, MOST_FEATURES, NONE, Places, STRIPE, Units, check_grouping, unit_bytes},
 };
 use crate::{
-    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
-    WeightFormat, Workspace, cpu::check_operands,
+    Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Prologue,
+    RmsNorm, Unsupported, WeightFormat, Workspace, cpu::check_operands,
 };
 
 pub(super) const NAME: &str = "cuda-gemv-sm90";
 
 /// Parts of a sum, as in `gemv_sm90.cu`.
 pub(super) const PARTS: usize = 16;
+/// Warps of a block that normalises, as in `norm.cuh`.
+const NORM_WARPS: usize = 16;
 /// Rows of one pass.
 pub(super) const ROWS: usize = 8;
 
@@ -80,11 +82,24 @@ struct Variant {
     parts: usize,
     /// Units in the ring of a warp.
     depth: usize,
+    layout: Layout,
 }
 
-const SHALLOW: Variant = Variant { entry: "gemv_1x16_2", stripes: 1, parts: 16, depth: 2 };
-const DEEP: Variant = Variant { entry: "gemv_1x16_4", stripes: 1, parts: 16, depth: 4 };
-const PAIRED: Variant = Variant { entry: "gemv_2x8_2", stripes: 2, parts: 8, depth: 2 };
+/// How x lies in shared memory: see `gemv_stage.cuh`.
+#[derive(Clone, Copy, PartialEq)]
+enum Layout {
+    Rows,
+    Columns,
+}
+
+const SHALLOW: Variant =
+    Variant { entry: "gemv_1x16_2", stripes: 1, parts: 16, depth: 2, layout: Layout::Rows };
+const DEEP: Variant = Variant { entry: "gemv_1x16_4", stripes: 1, parts: 16, depth: 4, layout: Layout::Rows };
+const PAIRED: Variant = Variant { entry: "gemv_2x8_2", stripes: 2, parts: 8, depth: 2, layout: Layout::Rows };
+const COLUMNS: Variant =
+    Variant { entry: "columns_1x16_2", stripes: 1, parts: 16, depth: 2, layout: Layout::Columns };
+const PAIRED_COLUMNS: Variant =
+    Variant { entry: "columns_2x8_2", stripes: 2, parts: 8, depth: 2, layout: Layout::Columns };
 
 impl Variant {
     fn warps(&self) -> usize {
@@ -95,29 +110,30 @@ impl Variant {
         PARTS / self.parts
     }
 
-    /// Bytes of shared memory, laid out as `gemv` in `gemv_sm90.cu` does, without what gathering needs.
+    /// Bytes of shared memory, laid out as `gemv` in `gemv_sm90.cu` does.
     fn shared_memory(&self, unit: usize, k_units: usize, rows: usize) -> usize {
         let barriers = (self.warps() * self.depth * 8).next_multiple_of(128);
         let rings = (self.warps() * self.depth * unit).next_multiple_of(128);
-        let x = rows * (self.width(k_units) * 2 + 64);
+        let x_units = if self.slices() == 1 { k_units } else { k_units.div_ceil(self.slices()) + 1 };
+        let x = match self.layout {
+            Layout::Rows => rows * (x_units * DEPTH * 2 + 64),
+            Layout::Columns => x_units * DEPTH * 16 + self.warps() * 128,
+        };
         let sums = PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4;
-        barriers + rings + x + sums
-    }
-
-    /// Columns of x that a block holds, at most.
-    fn width(&self, k_units: usize) -> usize {
-        (k_units.div_ceil(self.slices()) + 1) * DEPTH
+        let norm_sums = rows * NORM_WARPS * 4;
+        barriers + rings + x + sums + norm_sums
     }
 }
 
-/// `GemvArgs` of `gemv_sm90.cu`.
+/// `GemvArgs` of `gemv_stage.cuh`.
 #[repr(C)]
 struct Args {
     units: u64,
     x: u64,
     y: u64,
     bias: u64,
-    gather: u64,
+    places: u64,
+    norm: u64,
     rows: u32,
     n: u32,
     k: u32,
@@ -125,17 +141,17 @@ struct Args {
     y_stride: u32,
     k_units: u32,
     x_vectors: u32,
-    raw_rows: u32,
+    padded: u32,
     columns: u32,
     epilogue: u32,
+    eps: f32,
 }
 
 /// How a pass of some rows is launched.
 struct Plan {
     function: Function,
     rows: usize,
-    /// Rows that are gathered at a time.
-    raw_rows: usize,
+    layout: Layout,
     shape: Launch,
 }
 
@@ -143,9 +159,19 @@ pub(super) struct GemvLinear<T> {
     spec: LinearSpec,
     /// For 1, 2, 3 and more rows, as many as fit.
     plans: Vec<Plan>,
+    /// The same for rows that do not begin at multiples of 16 bytes; empty if that makes no difference.
+    unaligned: Vec<Plan>,
     pub(super) units: Resident,
+    /// Column of x for every place of the units; empty for the identity.
     pub(super) gather: Resident,
+    /// The inverse in the layouts of rows and of columns.
+    row_places: Resident,
+    column_places: Resident,
+    padded: bool,
     pub(super) bias: Resident,
+    /// Weight of the norm; empty if there is none.
+    norm: Resident,
+    eps: f32,
     pub(super) k_units: usize,
     /// Output features, with the padding between gate and up.
     pub(super) unit_rows: usize,
@@ -159,8 +185,9 @@ impl<T: Element> Gemv<T> {
         units: &Units,
         spec: &LinearSpec,
         rows: usize,
+        layout: Layout,
     ) -> Result<Option<Plan>, KernelError> {
-        let (in_features, stripes) = (spec.in_features, units.rows.div_ceil(STRIPE));
+        let stripes = units.rows.div_ceil(STRIPE);
         let unit = unit_bytes(units.groups, units.asym);
         let clusters = |variant: &Variant| {
             let most = self.device.multiprocessors() as usize / variant.slices();
@@ -169,32 +196,30 @@ impl<T: Element> Gemv<T> {
         };
         // Measured on the H200: a deeper ring pays where blocks have many rounds of many units, and costs elsewhere.
         let deep = clusters(&SHALLOW).1 >= 4 && units.k_units >= 4 * PARTS;
-        let order = if deep { [DEEP, SHALLOW, PAIRED] } else { [SHALLOW, DEEP, PAIRED] };
+        let order: &[Variant] = match (layout, deep) {
+            (Layout::Rows, true) => &[DEEP, SHALLOW, PAIRED],
+            (Layout::Rows, false) => &[SHALLOW, DEEP, PAIRED],
+            (Layout::Columns, _) => &[COLUMNS, PAIRED_COLUMNS],
+        };
         for variant in order {
-            let (clusters, _) = clusters(&variant);
+            let (clusters, _) = clusters(variant);
             let shared = variant.shared_memory(unit, units.k_units, rows);
-            let Some(spare) = self.device.shared_memory().checked_sub(shared) else { continue };
-            // An act-ordered layer also needs its columns and some whole rows, the more the better.
-            let (mut raw_rows, mut gathering) = (0, 0);
-            if units.gather.is_some() {
-                let columns = variant.width(units.k_units) * 2;
-                let row = (in_features * 2 + 2).next_multiple_of(16);
-                raw_rows = (spare.saturating_sub(columns) / row).min(rows);
-                gathering = columns + raw_rows * row;
-                if raw_rows == 0 {
-                    continue;
-                }
+            // A block that has a slice of x sees whole rows only where it brings them into another order.
+            let normalises =
+                spec.prologue == Prologue::Load || variant.slices() == 1 || units.gather.is_some();
+            if shared > self.device.shared_memory() || !normalises {
+                continue;
             }
             let function =
                 self.device.images().function(image, variant.entry, self.device.shared_memory())?;
             let shape = Launch {
                 grid: ((clusters * variant.slices()) as u32, 1),
                 threads: (variant.warps() * 32) as u32,
-                shared: shared + gathering,
+                shared,
                 cluster: variant.slices() as u32,
                 programmatic: true,
             };
-            return Ok(Some(Plan { function, rows, raw_rows, shape }));
+            return Ok(Some(Plan { function, rows, layout, shape }));
         }
         Ok(None)
     }
@@ -204,27 +229,64 @@ impl<T: Element> Gemv<T> {
         &self,
         units: &Units,
         spec: LinearSpec,
+        norm: Option<RmsNorm<'_>>,
     ) -> Result<Option<GemvLinear<T>>, KernelError> {
         let zero = if units.asym { "asym" } else { "sym" };
         let image = format!("gemv-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
-        let mut plans = Vec::with_capacity(ROWS);
+        let places = match &units.gather {
+            Some(gather) => match Places::new(gather, spec.in_features) {
+                Some(places) => Some(places),
+                None => return Ok(None),
+            },
+            None => None,
+        };
+        let (mut plans, mut unaligned) = (Vec::with_capacity(ROWS), Vec::new());
         for rows in 1..=ROWS {
-            match self.plan(&image, units, &spec, rows)? {
-                Some(plan) => plans.push(plan),
-                None => break,
+            let in_rows = self.plan(&image, units, &spec, rows, Layout::Rows)?;
+            let in_columns = match &places {
+                Some(_) if rows > 1 && spec.in_features.is_multiple_of(8) => {
+                    self.plan(&image, units, &spec, rows, Layout::Columns)?
+                }
+                _ => None,
+            };
+            match (in_columns, in_rows) {
+                (Some(plan), in_rows) => {
+                    plans.push(plan);
+                    unaligned.extend(in_rows);
+                }
+                (None, Some(plan)) => plans.push(plan),
+                (None, None) => break,
             }
         }
-        if plans.is_empty() {
-            return Ok(None);
-        }
+        // One row is in the layout of rows.
+        let unaligned = match plans.is_empty() {
+            true => return Ok(None),
+            false if unaligned.is_empty() => Vec::new(),
+            false => {
+                let first = self.plan(&image, units, &spec, 1, Layout::Rows)?;
+                first.into_iter().chain(unaligned).collect()
+            }
+        };
+        let of_layout = |layout: fn(&Places) -> &[u16]| places.as_ref().map(layout).unwrap_or_default();
         let stream = self.device.stream();
+        // A whole number of vectors.
+        let norm_weight: Vec<T> = norm.map_or_else(Vec::new, |norm| {
+            let padding = norm.weight.len().next_multiple_of(8) - norm.weight.len();
+            norm.weight.iter().copied().chain(std::iter::repeat_n(0.0, padding)).map(T::from_f32).collect()
+        });
         Ok(Some(GemvLinear {
+            norm: Resident::new(stream, &norm_weight)?,
+            eps: norm.map_or(0.0, |norm| norm.eps),
             units: Resident::new(stream, &units.bytes)?,
             gather: Resident::new(stream, units.gather.as_deref().unwrap_or_default())?,
+            row_places: Resident::new(stream, of_layout(|places| &places.rows))?,
+            column_places: Resident::new(stream, of_layout(|places| &places.columns))?,
+            padded: units.gather.as_ref().is_some_and(|gather| gather.contains(&NONE)),
             bias: Resident::new(stream, &units.bias)?,
             k_units: units.k_units,
             unit_rows: units.rows,
             plans,
+            unaligned,
             spec,
             element: PhantomData::<T>,
         }))
@@ -250,24 +312,27 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         if bits != Bits::B4 {
             return Err(Unsupported::Bits { bits: bits.get() });
         }
-        // One row of x, with the padding of its groups, has to fit in the shared memory of a block twice.
+        // One row of x, with the padding of its groups, has to fit in the shared memory of a block.
         check_grouping(spec, group_size, MOST_FEATURES / 2 + 1)
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        self.prepare_fused(weight, Epilogue::Store)
+        self.prepare_fused(weight, &Fusion::default())
     }
 
     fn prepare_fused(
         &self,
         weight: &PackedLinear,
-        epilogue: Epilogue,
+        fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight).with_epilogue(epilogue);
+        let spec = LinearSpec::of(weight).fused(fusion);
         let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
         self.supports(&spec).map_err(unsupported)?;
-        let units = Units::pack(weight, epilogue);
-        let linear = self.linear(&units, spec)?.ok_or_else(|| {
+        if let Some(norm) = &fusion.norm {
+            norm.validate(spec.in_features, spec.out_features)?;
+        }
+        let units = Units::pack(weight, fusion.epilogue);
+        let linear = self.linear(&units, spec, fusion.norm)?.ok_or_else(|| {
             let (in_features, out_features) = (weight.in_features(), weight.out_features());
             unsupported(Unsupported::Shape { in_features, out_features })
         })?;
@@ -285,7 +350,23 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound {
         let shortest_group = 32;
         let groups_of_a_part = (2 * spec.in_features.div_ceil(PARTS)).div_ceil(shortest_group) + 4;
-        output_bound::<T>(ErrorBound::float32(GROUP_ROUNDINGS + groups_of_a_part + PARTS + 2))
+        let bound = ErrorBound::float32(GROUP_ROUNDINGS + groups_of_a_part + PARTS + 2);
+        output_bound::<T>(prologue_bound::<T>(bound, spec))
+    }
+}
+
+/// Adds the errors of a normalised row. A square passes the roundings of its thread, the lanes and the warps, half of which
+/// reach the root; then come a quotient, a sum, a root, a quotient and two products, and the rounding to the element type.
+pub(super) fn prologue_bound<T: Element>(bound: ErrorBound, spec: &LinearSpec) -> ErrorBound {
+    match spec.prologue {
+        Prologue::Load => bound,
+        Prologue::RmsNorm => {
+            let roundings = 8 * spec.in_features.div_ceil(8 * 32 * NORM_WARPS) + 5 + NORM_WARPS + 6;
+            let norm = ErrorBound::float32(roundings).with_output_error(T::UNIT, 0.0);
+            let mut bound = bound.with_activation_error(norm.relative + norm.output);
+            bound.absolute += T::SUBNORMAL;
+            bound
+        }
     }
 }
 
@@ -299,7 +380,7 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
     }
 
     fn weight_bytes(&self) -> usize {
-        [&self.units, &self.gather, &self.bias].map(Resident::bytes).iter().sum()
+        [&self.units, &self.row_places, &self.bias, &self.norm].map(Resident::bytes).iter().sum()
     }
 
     fn workspace_len(&self, _: usize) -> usize {
@@ -322,13 +403,18 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
         let mut start = 0;
         while start < rows {
             // `prepare` has made at least one plan.
-            let plan = &self.plans[(rows - start).min(self.plans.len()) - 1];
+            let plans = if x_vectors || self.unaligned.is_empty() { &self.plans } else { &self.unaligned };
+            let plan = &plans[(rows - start).min(plans.len()) - 1];
             let mut args = Args {
                 units: self.units.address(),
                 x: x.address() + (start * x_stride * size) as u64,
                 y: y.address() + (start * y_stride * size) as u64,
                 bias: self.bias.address(),
-                gather: self.gather.address(),
+                places: match plan.layout {
+                    Layout::Rows => self.row_places.address(),
+                    Layout::Columns => self.column_places.address(),
+                },
+                norm: self.norm.address(),
                 rows: plan.rows as u32,
                 n: self.unit_rows as u32,
                 k: self.spec.in_features as u32,
@@ -336,15 +422,16 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
                 y_stride: stride(y_stride),
                 k_units: self.k_units as u32,
                 x_vectors: u32::from(x_vectors),
-                raw_rows: plan.raw_rows as u32,
+                padded: u32::from(self.padded),
                 columns: self.spec.y_features() as u32,
                 epilogue: match self.spec.epilogue {
                     Epilogue::Store => 0,
                     Epilogue::Add => 1,
                     Epilogue::SiluMul => 2,
                 },
+                eps: self.eps,
             };
-            // SAFETY: `Args` is `GemvArgs`. units, gather and bias are the layer's own memory, of the sizes that `Units`
+            // SAFETY: `Args` is `GemvArgs`. units, places, bias and norm are the layer's own memory, of the sizes that `Units`
             // gives them; `check_operands` has compared x and y, of these rows, with the layer; all of them outlive the
             // stream's work, because the caller may not free what a stream uses and `Resident` waits. Weights are read
             // before the kernel waits for earlier ones: no kernel ever writes them. The stream is that of y.

@@ -44,7 +44,7 @@ use super::{
     units::{MOST_FEATURES, check_grouping},
 };
 use crate::{
-    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
+    Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
     WeightFormat, Workspace, cpu::check_operands,
 };
 
@@ -148,23 +148,24 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Marlin<T> {
         let WeightFormat::Gptq { group_size, .. } = spec.weight else {
             return Err(Unsupported::WeightFormat);
         };
+        spec.only_loads()?;
         // Columns are 16-bit numbers.
         check_grouping(spec, group_size, MOST_FEATURES)
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        self.prepare_fused(weight, Epilogue::Store)
+        self.prepare_fused(weight, &Fusion::default())
     }
 
     fn prepare_fused(
         &self,
         weight: &PackedLinear,
-        epilogue: Epilogue,
+        fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight).with_epilogue(epilogue);
+        let spec = LinearSpec::of(weight).fused(fusion);
         let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
         self.supports(&spec).map_err(unsupported)?;
-        let tiles = Tiles::pack(weight, epilogue);
+        let tiles = Tiles::pack(weight, fusion.epilogue);
         let bits = tiles.bits;
         let image = format!(
             "marlin-{}-{bits}-{}-{}",

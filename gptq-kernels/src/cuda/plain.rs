@@ -76,7 +76,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Plain<T> {
         if bits.is_planar_only() {
             return Err(Unsupported::Bits { bits: bits.get() });
         }
-        spec.only_stores()?;
+        spec.only_multiplies()?;
         // 32-bit sizes and bit positions in the kernel.
         if spec.in_features >= 1 << 24 || spec.out_features >= 1 << 24 {
             let (in_features, out_features) = (spec.in_features, spec.out_features);

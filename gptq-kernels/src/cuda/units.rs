@@ -4,6 +4,7 @@ use gptq_format::{Bits, PackedLinear};
 use half::f16;
 use rayon::prelude::*;
 
+use super::spread::{granule, places_in_runs};
 use crate::{Epilogue, LinearSpec, Unsupported};
 
 /// Output features of a unit.
@@ -91,6 +92,27 @@ impl Order {
             .fold(first, |best, next| if next.bytes(asym) < best.bytes(asym) { next } else { best })
     }
 
+    /// The same with the columns of every run, where they are not in order, in the places that suit the kernel.
+    fn spread(mut self, in_features: usize) -> Self {
+        if self.is_identity(in_features) {
+            return self;
+        }
+        let mut runs = vec![0; in_features];
+        for (i, &column) in self.columns.iter().enumerate().filter(|&(_, &column)| column != NONE) {
+            runs[column as usize] = i / self.run;
+        }
+        self.columns.fill(NONE);
+        for (column, place) in places_in_runs(&runs, self.run).into_iter().enumerate() {
+            self.columns[runs[column] * self.run + place] = column as u16;
+        }
+        self
+    }
+
+    /// Whether column `i` is feature `i`, and padding comes after the last feature alone.
+    fn is_identity(&self, in_features: usize) -> bool {
+        self.columns[..in_features].iter().zip(0..).all(|(&column, i)| column == i)
+    }
+
     /// Bytes of one stripe.
     fn bytes(&self, asym: bool) -> usize {
         self.columns.len() / DEPTH * unit_bytes(DEPTH / self.run, asym)
@@ -98,8 +120,7 @@ impl Order {
 
     /// `None` if column `i` is feature `i`, and padding comes after the last feature alone.
     pub(super) fn gather(&self, in_features: usize) -> Option<Vec<u16>> {
-        let identity = self.columns[..in_features].iter().zip(0..).all(|(&column, i)| column == i);
-        (!identity).then(|| self.columns.clone())
+        (!self.is_identity(in_features)).then(|| self.columns.clone())
     }
 }
 
@@ -146,6 +167,7 @@ impl Units {
         debug_assert!(weight.bits() == Bits::B4 && weight.in_features() <= MOST_FEATURES);
         let asym = !weight.is_symmetric();
         let (inputs, outputs) = (weight.in_features(), weight.out_features());
+        let order = order.spread(inputs);
         let row_order = RowOrder::new(outputs, epilogue);
         let rows = row_order.rows();
         let k_units = order.columns.len() / DEPTH;
@@ -181,6 +203,42 @@ impl Units {
             (0..rows).map(|row| row_order.feature(row).map_or(f16::ZERO, |feature| bias[feature])).collect()
         });
         Self { bytes, groups, asym, k_units, rows, bias, gather: order.gather(inputs) }
+    }
+}
+
+/// Columns of x that a block of `gemv_sm90.cu` stages at a time, `STEP` of `gemv_stage.cuh`.
+const STEP: usize = 4096;
+
+/// Where the columns of x go, in the order in which the kernel asks.
+pub(super) struct Places {
+    /// For the layout of rows: the place of each column.
+    pub(super) rows: Vec<u16>,
+    /// For the layout of columns: granules, of the columns that each lane of each warp gives the address of.
+    pub(super) columns: Vec<u16>,
+}
+
+impl Places {
+    /// Of a layer of `in_features` that gathers; `None` if places are not 16-bit numbers.
+    pub(super) fn new(gather: &[u16], in_features: usize) -> Option<Self> {
+        if gather.len() > NONE as usize {
+            return None;
+        }
+        let len = in_features.next_multiple_of(STEP);
+        let mut rows = vec![NONE; len];
+        for (place, &column) in gather.iter().enumerate().filter(|&(_, &column)| column != NONE) {
+            rows[column as usize] = place as u16;
+        }
+        let columns = (0..len)
+            .map(|i| {
+                let (warp, lane, block) = (i / 256, i / 8 % 32, i % 8);
+                let (matrix, c) = (lane / 8, lane % 8);
+                match rows[256 * warp + 32 * block + 8 * (c / 2) + 2 * matrix + c % 2] {
+                    NONE => NONE,
+                    place => granule(place as usize) as u16,
+                }
+            })
+            .collect();
+        Some(Self { rows, columns })
     }
 }
 
@@ -352,6 +410,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn places_are_where_columns_are_gathered() {
+        let g_idx: Vec<u32> = (0..300).map(|i| i * 7 % 3).collect();
+        let order = Order::best(&g_idx, false).spread(300);
+        let gather = order.gather(300).unwrap();
+        for (i, &column) in gather.iter().enumerate().filter(|&(_, &column)| column != NONE) {
+            assert_eq!(g_idx[column as usize], order.groups[i / order.run]);
+        }
+        let places = Places::new(&gather, 300).unwrap();
+        assert!((0..300).all(|column| gather[places.rows[column] as usize] as usize == column));
+        assert!(places.rows[300..].iter().all(|&place| place == NONE));
+        // Lane 9 of the first warp gives the second column of the second matrix, of every block of 32.
+        assert_eq!(places.columns[9 * 8] as usize, granule(places.rows[3] as usize));
+        assert_eq!(places.columns[9 * 8 + 2] as usize, granule(places.rows[64 + 3] as usize));
+        let mut all: Vec<_> = places.columns.iter().filter(|&&place| place != NONE).collect();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 300);
     }
 
     #[test]

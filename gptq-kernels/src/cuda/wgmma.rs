@@ -69,15 +69,15 @@ use cudarc::driver::sys;
 use gptq_format::PackedLinear;
 
 use super::{
-    CudaDevice, Element,
+    CudaBuffer, CudaDevice, Element,
     driver::{Function, Launch, gpu_error},
-    gemv::{self, Gemv, GemvLinear},
+    gemv::{self, Gemv, GemvLinear, prologue_bound},
     plain::output_bound,
     units::{DEPTH, Units},
 };
 use crate::{
-    Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
-    WeightFormat, Workspace, cpu::check_operands,
+    Backend, Device, Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
+    MatRef, Unsupported, WeightFormat, Workspace, cpu::check_operands,
 };
 use many::{Factor, Many};
 use plan::{FEW_ROWS, MOST_SLICES, Tokens};
@@ -206,9 +206,17 @@ struct Class {
     slices: usize,
 }
 
+/// The norm of more rows than the GEMV does, which normalises by itself: to the same bits.
+struct Norm<T: Element> {
+    device: CudaDevice<T>,
+    weight: CudaBuffer<T>,
+    eps: f32,
+}
+
 struct WgmmaLinear<T: Element> {
     /// The weight, and how few rows are done.
     gemv: GemvLinear<T>,
+    norm: Option<Norm<T>>,
     /// For 16, 32, 64 and 128 tokens at a time.
     tokens: Vec<Tokens>,
     many: Option<Many>,
@@ -231,29 +239,38 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
     }
 
     fn prepare(&self, weight: &PackedLinear) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        self.prepare_fused(weight, Epilogue::Store)
+        self.prepare_fused(weight, &Fusion::default())
     }
 
     fn prepare_fused(
         &self,
         weight: &PackedLinear,
-        epilogue: Epilogue,
+        fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight).with_epilogue(epilogue);
+        let spec = LinearSpec::of(weight).fused(fusion);
         let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
         self.supports(&spec).map_err(unsupported)?;
-        let units = Units::pack(weight, epilogue);
+        let norm = match fusion.norm {
+            Some(norm) => {
+                norm.validate(spec.in_features, spec.out_features)?;
+                let mut weight = self.device.alloc(norm.weight.len())?;
+                self.device.upload(norm.weight, CudaDevice::slice_mut(&mut weight, 0..norm.weight.len()))?;
+                Some(Norm { device: self.device.clone(), weight, eps: norm.eps })
+            }
+            None => None,
+        };
+        let units = Units::pack(weight, fusion.epilogue);
         let zero = if units.asym { "asym" } else { "sym" };
         let image = format!("wgmma-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
         let tokens = Tokens::all(&self.device, &image, &units)?;
         let many = Many::new(&self.device, &image, &units, weight)?;
         let order = self.device.images().function(&image, "order", self.device.shared_memory())?;
-        let gemv = self.gemv.linear(&units, spec)?.ok_or_else(|| {
+        let gemv = self.gemv.linear(&units, spec, fusion.norm)?.ok_or_else(|| {
             let LinearSpec { in_features, out_features, .. } = LinearSpec::of(weight);
             unsupported(Unsupported::Shape { in_features, out_features })
         })?;
         let classes = classes(&tokens, many.as_ref());
-        Ok(Box::new(WgmmaLinear { classes, gemv, tokens, many, order }))
+        Ok(Box::new(WgmmaLinear { classes, gemv, norm, tokens, many, order }))
     }
 
     /// Few rows are as for `cuda-gemv-sm90`, whose up to 8 rows are: a group's sum on the tensor core, then the fused
@@ -274,7 +291,8 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
         let many = 17 * 2 * steps + 3;
         // For bfloat16 the product with the lesser part of a scale is rounded too.
         let weight = T::UNIT * (1.0 + 2.0 * T::UNIT);
-        output_bound::<T>(ErrorBound::float32(few.max(many)).with_activation_error(weight))
+        let bound = ErrorBound::float32(few.max(many)).with_activation_error(weight);
+        output_bound::<T>(prologue_bound::<T>(bound, spec))
     }
 }
 
@@ -314,6 +332,11 @@ impl<T: Element> WgmmaLinear<T> {
     /// Columns of x in the order of the units.
     fn width(&self) -> usize {
         self.gemv.k_units * DEPTH
+    }
+
+    /// Elements of scratch for normalised rows, each of which begins at a multiple of 16 bytes.
+    fn normed_len(&self, rows: usize) -> usize {
+        if self.norm.is_some() { rows * self.spec().in_features.next_multiple_of(8) } else { 0 }
     }
 
     /// Rows of x that are put in order at a time.
@@ -420,7 +443,7 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
         if rows <= gemv::ROWS {
             self.gemv.workspace_len(rows)
         } else {
-            self.ordered_rows(rows) * self.width()
+            self.normed_len(rows) + self.ordered_rows(rows) * self.width()
         }
     }
 
@@ -435,11 +458,22 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
         }
         check_operands(self.spec(), &x, &y)?;
         let class = self.class(x.rows());
-        let scratch = workspace.take(self.workspace_len(x.rows()))?.address();
+        let mut scratch = workspace.take(self.workspace_len(x.rows()))?;
+        let normed_len = self.normed_len(x.rows());
+        let ordered = scratch.address() + (normed_len * size_of::<T>()) as u64;
         let columns = x.cols();
-        let all = Rows { address: x.data().address(), rows: x.rows(), columns, stride: x.row_stride() };
+        let mut all = Rows { address: x.data().address(), rows: x.rows(), columns, stride: x.row_stride() };
         let (y_columns, y_stride) = (y.cols(), y.row_stride());
         let y = y.into_data();
+        if let Some(norm) = &self.norm {
+            all.stride = columns.next_multiple_of(8);
+            all.address = scratch.address();
+            // The scratch may belong to another stream than y, on which all the rest runs.
+            let into = CudaDevice::reborrow(&mut scratch).on(y.stream());
+            let normed = MatMut::with_stride(into, all.rows, columns, all.stride)?;
+            let weight = CudaDevice::slice(&norm.weight, 0..columns);
+            norm.device.rms_norm(x, weight, norm.eps, normed)?;
+        }
         let into = Rows { address: y.address(), rows: all.rows, columns: y_columns, stride: y_stride };
         if self.gemv.gather.bytes() == 0 && all.vectors::<T>() {
             return self.multiply(class, all, into, y.stream());
@@ -451,7 +485,7 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
                 rows: step.min(all.rows - start),
                 ..of
             };
-            let ordered = self.put_in_order(part(all), scratch, y.stream())?;
+            let ordered = self.put_in_order(part(all), ordered, y.stream())?;
             self.multiply(class, ordered, part(into), y.stream())?;
         }
         Ok(())

@@ -14,7 +14,8 @@ use crate::{DenseType, Device, LinearKernel, LinearSpec, WeightFormat};
 ///   the size or number. Beyond the largest, time grows in proportion; below the smallest size, it goes on as between
 ///   the two smallest, and below the smallest number of rows, it stays.
 ///
-/// The element type of activations is not told apart, nor are bias and epilogue: they change a time by some percent.
+/// The element type of activations is not told apart, nor are bias, prologue and epilogue: they change a time by some
+/// percent.
 ///
 /// The table remembers which version of each kernel was measured; [`stale`](Self::stale) tells where that is another than
 /// the one at hand.
@@ -261,7 +262,7 @@ fn interpolate((x0, y0): (f64, f64), (x1, y1): (f64, f64), x: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Epilogue;
+    use crate::{Epilogue, Prologue};
 
     fn spec(k: usize, n: usize, group_size: usize, sym: bool) -> LinearSpec {
         LinearSpec {
@@ -269,6 +270,7 @@ mod tests {
             out_features: n,
             weight: WeightFormat::Gptq { bits: Bits::B4, group_size, sym, act_order: false },
             bias: false,
+            prologue: Prologue::Load,
             epilogue: Epilogue::Store,
         }
     }

@@ -218,7 +218,7 @@ impl RandomLayer {
         spec: &LinearSpec,
     ) -> Result<Box<dyn Linear<D>>, KernelError> {
         let data = match self {
-            Self::Packed(packed) => return kernel.prepare_fused(packed, spec.epilogue),
+            Self::Packed(packed) => return kernel.prepare_fused(packed, &spec.epilogue.into()),
             Self::F32(data) => DenseData::F32(data),
             Self::F16(data) => DenseData::F16(data),
             Self::Bf16(data) => DenseData::Bf16(data),
@@ -321,12 +321,19 @@ mod tests {
     use gptq_format::Bits;
 
     use super::*;
-    use crate::{Epilogue, Reason, Selector, Workload, cpu};
+    use crate::{Epilogue, Prologue, Reason, Selector, Workload, cpu};
 
     const QUICK: Measurement = Measurement { rotated_bytes: 1, seconds: 0.0 };
 
     fn spec(weight: WeightFormat) -> LinearSpec {
-        LinearSpec { in_features: 96, out_features: 40, weight, bias: true, epilogue: Epilogue::Store }
+        LinearSpec {
+            in_features: 96,
+            out_features: 40,
+            weight,
+            bias: true,
+            prologue: Prologue::Load,
+            epilogue: Epilogue::Store,
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 use gptq_format::{Bits, PackedLinear};
 
 use super::*;
-use crate::{Epilogue, ErrorBound, Linear, WeightFormat, cpu::Cpu};
+use crate::{Epilogue, ErrorBound, Linear, Prologue, WeightFormat, cpu::Cpu};
 
 struct Fake(&'static str, Option<Unsupported>);
 
@@ -26,6 +26,7 @@ fn spec() -> LinearSpec {
         out_features: 8,
         weight: WeightFormat::Gptq { bits: Bits::B4, group_size: 32, sym: true, act_order: false },
         bias: false,
+        prologue: Prologue::Load,
         epilogue: Epilogue::Store,
     }
 }

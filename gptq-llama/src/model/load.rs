@@ -7,7 +7,7 @@ use std::{
 };
 
 use gptq_format::Checkpoint;
-use gptq_kernels::{AttentionShape, Backend, CostTable, Epilogue, KernelError, Selector, Workload};
+use gptq_kernels::{AttentionShape, Backend, CostTable, Epilogue, Fusion, KernelError, Selector, Workload};
 use rayon::prelude::*;
 
 use super::{DecoderLayer, Llama, capacity};
@@ -220,12 +220,13 @@ fn load_layer<D: Backend>(
         load_norm(device, source, &format!("{}{name}", names::layer_prefix(layer)), config.hidden_size)
     };
     // Reading is copying out of a map, as a rule, and takes as long as repacking.
-    let qkv = || prepare.fused_projections(read_all(&[Module::Q, Module::K, Module::V])?, Epilogue::Store);
-    let gate_up = || prepare.fused_projections(read_all(&[Module::Gate, Module::Up])?, Epilogue::SiluMul);
+    let qkv = || prepare.fused_projections(read_all(&[Module::Q, Module::K, Module::V])?, Fusion::default());
+    let gate_up =
+        || prepare.fused_projections(read_all(&[Module::Gate, Module::Up])?, Epilogue::SiluMul.into());
     // These end in an addition to the residual stream.
     let added = |module| {
         let (name, weight) = read(module)?;
-        prepare.fused(&name, &weight, Epilogue::Add)
+        prepare.fused(&name, &weight, Epilogue::Add.into())
     };
     let ((qkv, o), (gate_up, down)) = rayon::join(
         || rayon::join(qkv, || added(Module::O)),

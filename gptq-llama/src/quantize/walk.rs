@@ -1,6 +1,6 @@
 //! Runs rows through a model and hands out what its linear layers see.
 
-use gptq_kernels::{DenseType, Epilogue, MatRef, Selector, quantize::QuantizeBackend};
+use gptq_kernels::{DenseType, Fusion, MatRef, Selector, quantize::QuantizeBackend};
 use ndarray::Array2;
 
 use super::{
@@ -156,7 +156,7 @@ impl<D: QuantizeBackend> Walk<'_, D> {
                 Ok((name, weight))
             });
             let weights: Vec<_> = weights.collect::<Result<_, LlamaError>>()?;
-            decoder.set(stage, preparation.fused_projections(weights, Epilogue::Store)?);
+            decoder.set(stage, preparation.fused_projections(weights, Fusion::default())?);
         }
         Ok(decoder)
     }
