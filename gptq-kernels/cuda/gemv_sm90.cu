@@ -5,7 +5,7 @@
 // warps of a block take a part each, and the blocks of a cluster take the 16 / WARPS_K slices of the input features. A
 // block has WARPS_N stripes in flight, and clusters walk over the stripes.
 //
-//     1  every warp starts bulk copies of its first units into a ring of its own: weights depend on no earlier kernel
+//     1  every warp starts the bulk copy of its first unit into a ring of its own: weights depend on no earlier kernel
 //     2  wait for the kernel before this one, then every warp stages its part of x, or the block all of it (normalised if
 //        the layer has that prologue, in another order if it is act-ordered)
 //     3  unit by unit: codes to exact halves (code - zero), tensor core over one group, times the scale in float32
@@ -152,9 +152,15 @@ DEVICE void gemv(const GemvArgs& args) {
         fence_mbarrier_init();
     }
     __syncwarp();
-    for (u32 i = 0; i < DEPTH; ++i) fetch(), advance();
-    parity = 0; // the slots are full, but none has been waited for
-    __syncwarp();
+    // One unit now and the others behind x, which would have to wait for all of them: bulk copies are issued slowly.
+    fetch(), advance();
+    auto fill = [&] {
+        __syncwarp();
+#pragma unroll
+        for (u32 i = 1; i < DEPTH; ++i) fetch(), advance();
+        parity = 0; // the slots are full, but none has been waited for
+        __syncwarp();
+    };
     if (SLICES > 1) cluster_arrive();
     launch_dependents();
     Held held;
@@ -205,10 +211,10 @@ DEVICE void gemv(const GemvArgs& args) {
     static_assert(THREADS == NORM_THREADS, "");
     const Stage stage = {staged, x_stride, x_first * 128, x_width, norm_sums};
     const bool by_block = args.norm != nullptr || args.places != nullptr;
-    if (COLUMNS) stage_columns<Half>(args, held, stage, spare);
-    else if (!by_block) stage_part(args, staged + x_place, x_stride, first_unit * 128, part_units * 128, warp_n, WARPS_N);
-    else if (args.rows == 1 || args.places != nullptr) stage_rows<Half>(args, held, stage);
-    else stage_normalised<Half>(args, held, stage);
+    if (COLUMNS) stage_columns<Half>(args, fill, held, stage, spare);
+    else if (!by_block) stage_part(args, fill, staged + x_place, x_stride, first_unit * 128, part_units * 128, warp_n, WARPS_N);
+    else if (args.rows == 1 || args.places != nullptr) stage_rows<Half>(args, fill, held, stage);
+    else stage_normalised<Half>(args, fill, held, stage);
     if (WARPS_N > 1 || COLUMNS || by_block) __syncthreads();
     else __syncwarp();
     if (SLICES > 1) cluster_wait(); // all blocks have started

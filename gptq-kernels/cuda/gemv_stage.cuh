@@ -121,6 +121,9 @@ DEVICE uint4 normalised(const uint4& x, const uint4& weight, float scale) {
     return to_halves<Half>(v);
 }
 
+// What these functions do `then`, when the first loads of x are on their way, is what must not be in front of them: more copies
+// of weights.
+
 // Where a block stages: `width` features from `first` on in the order of the units, at `to`.
 struct Stage {
     u32 to, stride;     // of rows
@@ -135,8 +138,8 @@ DEVICE void clear(u32 at, u32 bytes) {
 
 // Rows of x by the whole block, which has to meet before anybody reads them: one after the other, COUNT vectors of a thread
 // through registers. Little code, since a block runs all of it once, with nothing of it in the instruction cache.
-template <class Half, u32 COUNT, bool VECTORS>
-DEVICE void stage_rows(const GemvArgs& args, const Held& held, const Stage& stage) {
+template <class Half, u32 COUNT, bool VECTORS, class Then>
+DEVICE void stage_rows(const GemvArgs& args, Then then, const Held& held, const Stage& stage) {
     auto put = [&](u32 to, u32 i, const uint4& v, const uint4& places) {
         if (args.places == nullptr) {
             if (i < stage.width) store_shared_16(to + i * 2, v);
@@ -157,6 +160,7 @@ DEVICE void stage_rows(const GemvArgs& args, const Held& held, const Stage& stag
         uint4 v[COUNT];
 #pragma unroll
         for (u32 h = 0; h < COUNT; ++h) v[h] = load_8<VECTORS>(args, x, h * STEP + threadIdx.x * 8);
+        if (row == 0) then();
         float scale = 0.0f;
         if (args.norm != nullptr) {
             const u32 sums = stage.sums + row * NORM_WARPS * 4;
@@ -193,18 +197,19 @@ DEVICE void stage_rows(const GemvArgs& args, const Held& held, const Stage& stag
 }
 
 // The same with as many registers as the length asks for.
-template <class Half>
-DEVICE void stage_rows(const GemvArgs& args, const Held& held, const Stage& stage) {
-    if (!args.x_vectors || args.k % 8 != 0) stage_rows<Half, 1, false>(args, held, stage);
-    else if (args.k <= STEP) stage_rows<Half, 1, true>(args, held, stage);
-    else stage_rows<Half, HELD, true>(args, held, stage);
+template <class Half, class Then>
+DEVICE void stage_rows(const GemvArgs& args, Then then, const Held& held, const Stage& stage) {
+    if (!args.x_vectors || args.k % 8 != 0) stage_rows<Half, 1, false>(args, then, held, stage);
+    else if (args.k <= STEP) stage_rows<Half, 1, true>(args, then, held, stage);
+    else stage_rows<Half, HELD, true>(args, then, held, stage);
 }
 
 // Several rows in the order of x, normalised in shared memory.
-template <class Half>
-DEVICE void stage_normalised(const GemvArgs& args, const Held& held, const Stage& stage) {
+template <class Half, class Then>
+DEVICE void stage_normalised(const GemvArgs& args, Then then, const Held& held, const Stage& stage) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     copy_rows<NORM_THREADS>(stage.to, stage.stride, args.x, args.x_stride, args.rows, args.k, stage.width, args.x_vectors, threadIdx.x);
+    then();
     wait_for_copies();
     // A thread normalises what it has copied itself, unless single elements went around.
     if (!args.x_vectors || args.k % 8 != 0) __syncthreads();
@@ -265,8 +270,8 @@ DEVICE uint4 load_transposed(u32 address) {
 // 256 w + 256 of every STEP, as in a norm; lane 4 r + q has those of token r, 8 q .. 8 q + 8 of every 32. `places` are those of
 // the columns that a lane gives the address of, eight blocks of 32 at a time. A column that is another block's goes to
 // `spare`.
-template <class Half>
-DEVICE void stage_columns(const GemvArgs& args, const Held& held, const Stage& stage, u32 spare) {
+template <class Half, class Then>
+DEVICE void stage_columns(const GemvArgs& args, Then then, const Held& held, const Stage& stage, u32 spare) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = lane / 4;
     const u16* x = args.x + (u64)token * args.x_stride;
     const u32 start = warp * 256 + lane % 4 * 8;
@@ -287,6 +292,7 @@ DEVICE void stage_columns(const GemvArgs& args, const Held& held, const Stage& s
         }
     };
     load(start);
+    then();
     if (args.norm != nullptr) {
         float sum[8] = {}, floats[8];
 #pragma unroll 1
@@ -344,10 +350,12 @@ DEVICE void stage_columns(const GemvArgs& args, const Held& held, const Stage& s
 }
 
 // The part of x that a warp stages by itself, in the order of x, as it is: what it multiplies, or every `step`-th row of that.
-DEVICE void stage_part(const GemvArgs& args, u32 to, u32 stride, u32 first, u32 width, u32 row, u32 step) {
+template <class Then>
+DEVICE void stage_part(const GemvArgs& args, Then then, u32 to, u32 stride, u32 first, u32 width, u32 row, u32 step) {
     const u32 count = first < args.k ? min(width, args.k - first) : 0;
     const u32 rows = row < args.rows ? (args.rows - row + step - 1) / step : 0;
     copy_rows<32>(to + row * stride, step * stride, args.x + (u64)row * args.x_stride + first, (u64)step * args.x_stride,
                   rows, count, width, args.x_vectors, threadIdx.x % 32);
+    then();
     wait_for_copies();
 }

@@ -1,5 +1,5 @@
-// y = x / sqrt(mean(x^2) + eps) * weight of one row, by a block of NORM_THREADS: the one order of additions that the norm of
-// `ops.cu` and the linear layers that normalise their input have, so that both give the same bits.
+// y = x / sqrt(mean(x^2) + eps) * weight of one row, by a block of NORM_THREADS: the order of additions that the norm of
+// `ops.cu` has, for the linear layers that normalise their input, so that both give the same bits.
 //
 // Thread t has the elements 8 t .. 8 t + 8 of every 8 * NORM_THREADS, and adds their squares one after the other; then the
 // lanes of a warp are added as a tree, and the warps in order.
