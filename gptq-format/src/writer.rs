@@ -43,7 +43,7 @@ const CARRIED: [&str; 12] = [
 /// moved last, and while more than it changes, the old one is taken away first: so other tools find the old checkpoint,
 /// the new one, or for a moment none, but never a mixture.
 ///
-/// At most some 130 MB of a shard, and one tensor, are in memory at any time.
+/// At most some 70 MB of a shard, and one tensor, are in memory at any time; 8 MB unless tensors have odd lengths.
 ///
 /// [`Checkpoint`]: crate::Checkpoint
 #[derive(Debug)]

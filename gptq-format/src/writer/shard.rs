@@ -9,8 +9,9 @@ use crate::{Dtype, FormatError};
 
 /// The longest tensor name, so that one entry always fits in [`HEADER_ROOM`].
 pub(super) const MAX_NAME: usize = 4096;
-/// A shard up to this length is kept in memory and gets a header of just the right length.
-const IN_MEMORY: usize = 64 << 20;
+/// A shard up to this length is kept in memory and gets a header of just the right length. Little, because a quantiser that
+/// writes layers as it goes has its own use for memory.
+const IN_MEMORY: usize = 8 << 20;
 /// The header of a longer one has this much room, filled up with blanks; when it is full, so is the shard.
 const HEADER_ROOM: usize = 1 << 20;
 /// Tensors whose length would leave the next one unaligned wait for the end of the shard, together at most this long.
