@@ -14,6 +14,9 @@ const THREADS: u32 = 128;
 const ROPE_THREADS: u32 = 256;
 /// Positions of a chunk, as in `page.cuh`.
 const CHUNK: usize = CHUNK_PAGES * PAGE_LEN;
+/// Padded heads up to which `decode` works: its threads have a pair of features each, half of them of the new key and half
+/// of the new value.
+const MOST_DECODE_DIM: usize = 128;
 /// Blocks along y of a grid.
 const MOST_BLOCKS: usize = 65_535;
 
@@ -95,6 +98,9 @@ fn decoding<'a, T: Element>(
         return None;
     }
     let kernels = device.attention_kernels(shape.head_dim).ok()?;
+    if kernels.dim > MOST_DECODE_DIM {
+        return None;
+    }
     let decoding = Decoding {
         jobs,
         queries: QUERIES.min(shape.heads / shape.kv_heads.max(1)),
