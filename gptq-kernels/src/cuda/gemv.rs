@@ -22,15 +22,22 @@
 //! | every warp stages its own part of x, without the block's barrier | 4.9 / 7.5 / 8.1 / 31.0 | -0.1 on all; 4096 x 4096 is slower and faster by turns with the registers that the compiler has |
 //! | one block a multiprocessor, with 72 to 95 registers instead of 64; no rehearsal; ring of 4 units for 8192 x 28672 | 4.1 / 7.2 / 7.5 / 29.6; act-ordered 5.0 / 8.1 / 9.2 / 31.1 | that two blocks, the second prefetching for the next kernel, cost more than they gain was found by chance with the ring of 4; the rehearsal was then without effect |
 //!
+//! | act-order: the block brings x to its places by stores free of conflicts, the order inside a group being chosen for that; for several rows 16 bytes a column, transposed by `stmatrix` and back by `ldmatrix` | 4.9 / 7.8 / 8.6 / 30.5 act-ordered; eight rows of 4096 x 4096 6.0 | within 5 %; see below. Was 8.6 for eight rows, 65 % more than in order |
+//! | one unit a warp ahead of the wait, the others behind the loads of x | 3.6 / 6.9 / 7.1 / 29.3; act-ordered 4.2 / - / 8.2 / - | -0.3: that a barrier of the block behind the loads of x cost 0.5 told that some warps came late, and bulk copies are issued one after the other by all warps; found -0.5 |
+//!
 //! Not taken: codes as subnormal halves, without a subtraction, the zero point as a multiple of the sum of x over a group
 //! that the tensor core adds up (64 of 225 instructions less, expected -0.5; found +0.3 on 4096 x 4096 and -0.2 on
 //! 4096 x 11008, since integer instructions, at half rate, are the limit, and those are the same; and its error is relative to
 //! `sum |x|` rather than to `sum |x w|`). Starting the next kernel late, when the last unit has been asked for (expected -1;
-//! found -0.6 on 11008 x 4096 and +3 elsewhere). A kernel that brings x into the order of an act-ordered layer: a kernel
-//! that does nothing but wait adds 0.5 in a chain, one that also reads x, adds parts and stores 1.5, more than the whole
-//! gathering costs here for one row. Act-ordered layers stay 5 to 24 % behind for one row (5 % wanted) and 40 to 65 % for eight,
-//! where the warps pick one row after the other. What would make them free is a producer of x that writes it in the order
-//! of the units.
+//! found -0.6 on 11008 x 4096 and +3 elsewhere). No weight ahead of the wait: +0.5 to +0.9. One warp that starts the
+//! copies of all: -0.1 on 4096 x 4096, nothing elsewhere. Eight copies of x for different blocks, were its lines fought
+//! for in L2: nothing. A kernel that brings x into the order of an act-ordered layer: a kernel that does nothing but wait
+//! adds 0.5 in a chain, one that also reads x, adds parts and stores 1.5.
+//!
+//! What the whole block does with x, instead of each warp with its own part, costs about 0.4 for the barrier: no warp can
+//! multiply before the last has its x. That is most of what act-order still costs, and of what a norm in the prologue
+//! costs beside its own arithmetic: 1.0 for one row of 4096 features, about what its own kernel costs in a chain, whose wait the
+//! next layer's first weights fill. So a decoder gains nothing by the prologue (`benches/RESULTS-llama-cuda.md`).
 //!
 //! What limits it: of 225 instructions for 128 weights a thread (1.8 a weight) 100 are integer ones, which are issued at half
 //! rate; four warps a scheduler hide most of their latency.
