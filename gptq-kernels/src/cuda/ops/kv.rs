@@ -52,7 +52,7 @@ impl<T: Element> CudaKvStore<T> {
         let mut grown = Ok(());
         for slice in self.keys.iter_mut().chain(&mut self.values) {
             if slice.len() >= len {
-                continue; // an attempt that failed has come this far
+                continue; // what an attempt that failed could not give back
             }
             grown = zeros::<T>(stream, len).and_then(|mut larger| {
                 if old_len > 0 {
@@ -64,6 +64,20 @@ impl<T: Element> CudaKvStore<T> {
             });
             if grown.is_err() {
                 break;
+            }
+        }
+        if grown.is_err() {
+            // What has grown already would be missing where less might fit.
+            for slice in self.keys.iter_mut().chain(&mut self.values) {
+                if slice.len() <= old_len.max(1) {
+                    continue;
+                }
+                let Ok(mut smaller) = zeros::<T>(stream, old_len) else { break };
+                if old_len > 0 {
+                    let (from, mut to) = (slice.slice(..old_len), smaller.slice_mut(..old_len));
+                    stream.memcpy_dtod(&from, &mut to).map_err(failed)?;
+                }
+                *slice = smaller;
             }
         }
         let addresses = self.keys.iter().zip(&self.values);
