@@ -27,6 +27,18 @@ fn check(rows: usize, cols: usize, row_stride: usize, len: usize) -> Result<(), 
     }
 }
 
+/// Fails unless a matrix is `rows x cols`.
+pub(crate) fn expect_shape(
+    argument: &'static str,
+    (got_rows, got_cols): (usize, usize),
+    (rows, cols): (usize, usize),
+) -> Result<(), KernelError> {
+    if (got_rows, got_cols) == (rows, cols) {
+        return Ok(());
+    }
+    Err(KernelError::Shape { argument, rows, cols, got_rows, got_cols })
+}
+
 impl<'a, D: Device> MatRef<'a, D> {
     /// A contiguous matrix, `row_stride = cols`.
     pub fn new(data: D::Slice<'a>, rows: usize, cols: usize) -> Result<Self, KernelError> {

@@ -6,28 +6,18 @@
 
 #[path = "cuda_decoder/draws.rs"]
 mod draws;
+mod gpu;
 
 use gptq_kernels::{
     AttentionShape, Backend, DenseData, DenseWeight, Device, KernelError, KvShape, MatMut, MatRef,
-    SequencePlan, StepPlan, Unsupported, Workspace,
+    SequencePlan, StepPlan, Workspace,
     cuda::{CudaDevice, Element},
 };
+use gpu::gpu;
 use half::{bf16, f16};
 
 /// Unit roundoff of float32.
 const EPS: f64 = 1.0 / (1u64 << 24) as f64;
-
-/// The first GPU, or `None` with a printed reason.
-fn gpu<T: Element>() -> Option<CudaDevice<T>> {
-    match CudaDevice::new(0) {
-        Ok(device) => Some(device),
-        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
-            println!("skipped: {reason}");
-            None
-        }
-        Err(reason) => panic!("there is a GPU, but {reason}"),
-    }
-}
 
 /// The first GPU, and the same with the kernels of older ones.
 fn both<T: Element>() -> Vec<CudaDevice<T>> {

@@ -4,14 +4,17 @@
 // clippy.toml allows both in tests, but not in the functions that tests share.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+mod gpu;
+
 use std::sync::Arc;
 
 use cudarc::driver::sys;
 use gptq_kernels::{
-    DenseData, DenseWeight, Device, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, Workspace,
+    DenseData, DenseWeight, Device, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Workspace,
     cuda::{self, CudaDevice, Element},
     reference::Reference,
 };
+use gpu::gpu;
 use half::f16;
 
 type Gpu = CudaDevice<f16>;
@@ -71,18 +74,6 @@ impl Dense {
             }
         }
         worst
-    }
-}
-
-/// The first GPU, or `None` with a printed reason.
-fn gpu() -> Option<Gpu> {
-    match CudaDevice::new(0) {
-        Ok(device) => Some(device),
-        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
-            println!("skipped: {reason}");
-            None
-        }
-        Err(reason) => panic!("there is a GPU, but {reason}"),
     }
 }
 

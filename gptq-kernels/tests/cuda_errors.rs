@@ -3,6 +3,8 @@
 // clippy.toml allows both in tests, but not in the functions that tests share.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+mod gpu;
+
 use std::process::Command;
 
 use gptq_kernels::{
@@ -10,21 +12,10 @@ use gptq_kernels::{
     Unsupported, Workspace,
     cuda::{self, CudaDevice},
 };
+use gpu::gpu;
 use half::f16;
 
 type Gpu = CudaDevice<f16>;
-
-/// The first GPU, or `None` with a printed reason.
-fn gpu() -> Option<Gpu> {
-    match CudaDevice::new(0) {
-        Ok(device) => Some(device),
-        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
-            println!("skipped: {reason}");
-            None
-        }
-        Err(reason) => panic!("there is a GPU, but {reason}"),
-    }
-}
 
 const WEIGHT: [f16; 64 * 4] = [f16::ONE; 64 * 4];
 
@@ -58,7 +49,7 @@ fn a_driver_without_devices_is_told_from_no_driver() {
             other => panic!("{:?}", other.map(|_| "a device")),
         }
     }
-    if gpu().is_none() {
+    if gpu::<f16>().is_none() {
         return;
     }
     let child = Command::new(std::env::current_exe().unwrap())
@@ -72,7 +63,7 @@ fn a_driver_without_devices_is_told_from_no_driver() {
 
 #[test]
 fn an_old_gpu_has_no_kernels_and_is_told_why() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::<f16>() else { return };
     let old = device.limited_to((7, 5));
     assert!(cuda::kernels(&old).is_empty());
     let missing = cuda::unavailable(&old);
@@ -90,7 +81,7 @@ fn an_old_gpu_has_no_kernels_and_is_told_why() {
 
 #[test]
 fn memory_that_is_not_there_has_sizes_and_leaves_the_device_usable() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::<f16>() else { return };
     let layer = dense(&device).prepare_dense(&weight()).unwrap();
     let elements = 1 << 40;
     match device.alloc(elements) {
@@ -108,7 +99,7 @@ fn memory_that_is_not_there_has_sizes_and_leaves_the_device_usable() {
 
 #[test]
 fn copies_of_other_lengths_are_refused() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::<f16>() else { return };
     let mut buffer = device.alloc(8).unwrap();
     assert!(matches!(
         device.upload(&[0.0; 7], Gpu::slice_mut(&mut buffer, 0..8)),
@@ -122,7 +113,7 @@ fn copies_of_other_lengths_are_refused() {
 
 #[test]
 fn weights_that_a_kernel_does_not_take_are_refused() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::<f16>() else { return };
     let single = vec![1.0f32; 64 * 4];
     for kernel in cuda::kernels(&device) {
         let short = DenseWeight { out_features: 5, ..weight() };
@@ -146,7 +137,7 @@ fn weights_that_a_kernel_does_not_take_are_refused() {
 
 #[test]
 fn work_is_timed_and_leaves_the_device_usable_if_it_fails() {
-    let Some(device) = gpu() else { return };
+    let Some(device) = gpu::<f16>() else { return };
     let layer = dense(&device).prepare_dense(&weight()).unwrap();
     let (x, mut y) = (device.alloc(64).unwrap(), device.alloc(4).unwrap());
     let mut workspace = Workspace::new(&device, layer.workspace_len(1)).unwrap();

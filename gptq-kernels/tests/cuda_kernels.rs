@@ -3,6 +3,8 @@
 // clippy.toml allows both in tests, but not in the functions that tests share.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+mod gpu;
+
 use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, sys};
@@ -14,19 +16,8 @@ use gptq_kernels::{
     cuda::{self, CudaDevice, Element},
     reference::Reference,
 };
+use gpu::gpu;
 use half::{bf16, f16};
-
-/// The first GPU, or `None` with a printed reason.
-fn gpu<T: Element>() -> Option<CudaDevice<T>> {
-    match CudaDevice::new(0) {
-        Ok(device) => Some(device),
-        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
-            println!("skipped: {reason}");
-            None
-        }
-        Err(reason) => panic!("there is a GPU, but {reason}"),
-    }
-}
 
 /// Runs the battery and prints, for every kind of layer, the largest error in units of the kernel's bound: the table in
 /// `docs/KERNEL-ERRORS.md`.

@@ -4,6 +4,7 @@
 
 #[path = "cuda_quantize/golden.rs"]
 mod golden;
+mod gpu;
 
 use gptq_core::{
     GptqConfig, GptqConfigBuilder, GptqError, Hessian, HessianAccumulator, Method, OnFailure,
@@ -21,14 +22,7 @@ use ndarray::{Array2, ArrayView2, Axis};
 
 /// The first GPU with its libraries, or `None` with a printed reason.
 fn gpu<T: Element>(config: &GptqConfig) -> Option<(CudaDevice<T>, CudaQuantizer<T>)> {
-    let device = match CudaDevice::new(0) {
-        Ok(device) => device,
-        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
-            println!("skipped: {reason}");
-            return None;
-        }
-        Err(reason) => panic!("there is a GPU, but {reason}"),
-    };
+    let device = gpu::gpu()?;
     match CudaQuantizer::new(&device, config.clone()) {
         Ok(quantizer) => Some((device, quantizer)),
         Err(QuantizeError::Kernel(KernelError::Unsupported {

@@ -4,6 +4,8 @@
 // clippy.toml allows both in tests, but not in the functions that tests share.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+#[path = "../../gptq-kernels/tests/gpu/mod.rs"]
+mod gpu;
 #[path = "cuda/steps.rs"]
 mod steps;
 
@@ -12,7 +14,7 @@ use std::{collections::VecDeque, path::PathBuf};
 use gptq_core::GptqConfig;
 use gptq_format::{Bits, Checkpoint, CodesRef, PackedLinear, TensorFile};
 use gptq_kernels::{
-    Backend, Device, Unsupported,
+    Backend, Device,
     cpu::Cpu,
     cuda::{CudaDevice, Element},
 };
@@ -21,6 +23,7 @@ use gptq_llama::{
     MemoryWeights, Module, Precision, QuantizeOptions, Rng, SequenceId, TokenRows, Wanted, Watch,
     WeightSource, generate, perplexity, round_to_nearest,
 };
+use gpu::gpu;
 use half::{bf16, f16};
 use ndarray::Array2;
 
@@ -28,18 +31,6 @@ use ndarray::Array2;
 fn root() -> PathBuf {
     std::env::var_os("GPTQ_ROOT")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)
-}
-
-/// The first GPU, or `None` with a printed reason.
-fn gpu<T: Element>() -> Option<CudaDevice<T>> {
-    match CudaDevice::new(0) {
-        Ok(device) => Some(device),
-        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
-            println!("skipped: {reason}");
-            None
-        }
-        Err(reason) => panic!("there is a GPU, but {reason}"),
-    }
 }
 
 fn logits<D: Backend>(model: &Llama<D>, tokens: &[u32]) -> Array2<f32> {

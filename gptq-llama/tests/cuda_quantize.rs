@@ -4,6 +4,9 @@
 // clippy.toml allows both in tests, but not in the functions that tests share.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+#[path = "../../gptq-kernels/tests/gpu/mod.rs"]
+mod gpu;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -12,7 +15,6 @@ use std::{
 use gptq_core::GptqConfig;
 use gptq_format::{Checkpoint, TensorFile};
 use gptq_kernels::{
-    Unsupported,
     cpu::Cpu,
     cuda::{CudaDevice, Element},
     quantize::QuantizeBackend,
@@ -21,6 +23,7 @@ use gptq_llama::{
     CancelToken, Existing, Llama, LlamaConfig, LlamaError, LoadOptions, OutputError, Precision, QuantizeJob,
     QuantizeOptions, QuantizeOutcome, QuantizePhase, TokenRows, Watch, perplexity,
 };
+use gpu::gpu;
 use half::{bf16, f16};
 
 /// The project's folder, or `GPTQ_ROOT` on a machine that has only what `.ci/gpu-bundle` brings.
@@ -28,18 +31,6 @@ fn model() -> PathBuf {
     let root = std::env::var_os("GPTQ_ROOT")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from);
     root.join("examples/tiny-books")
-}
-
-/// The first GPU, or `None` with a printed reason.
-fn gpu<T: Element>() -> Option<CudaDevice<T>> {
-    match CudaDevice::new(0) {
-        Ok(device) => Some(device),
-        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
-            println!("skipped: {reason}");
-            None
-        }
-        Err(reason) => panic!("there is a GPU, but {reason}"),
-    }
 }
 
 fn rows(key: &str, count: usize) -> TokenRows {

@@ -20,23 +20,11 @@ use rayon::prelude::*;
 use super::Cpu;
 use crate::{
     AttentionShape, Backend, DenseWeight, KernelError, KvShape, LinearKernel, MatMut, MatRef, StepPlan,
-    Workspace,
+    Workspace, matrix::expect_shape,
 };
 
 /// Elements below which a row operation stays on the calling thread: waking another costs some microseconds.
 const PARALLEL_ELEMENTS: usize = 1 << 16;
-
-/// Fails unless a matrix is `rows x cols`.
-fn expect_shape(
-    argument: &'static str,
-    (got_rows, got_cols): (usize, usize),
-    (rows, cols): (usize, usize),
-) -> Result<(), KernelError> {
-    if (got_rows, got_cols) == (rows, cols) {
-        return Ok(());
-    }
-    Err(KernelError::Shape { argument, rows, cols, got_rows, got_cols })
-}
 
 /// Runs `f(row, columns of y)` for each row, in parallel if there is enough to do.
 fn for_each_row(mut y: MatMut<'_, Cpu>, f: impl Fn(usize, &mut [f32]) + Sync) {

@@ -174,6 +174,34 @@ pub(super) struct Launch {
     pub(super) programmatic: bool,
 }
 
+impl Launch {
+    fn set_cluster(&self, attribute: &mut sys::CUlaunchAttribute) {
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attribute.value.clusterDim =
+            sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: self.cluster, y: 1, z: 1 };
+    }
+
+    /// What the driver takes; it points to `attributes`.
+    fn config(
+        &self,
+        stream: sys::CUstream,
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
+            gridDimX: self.grid.0,
+            gridDimY: self.grid.1,
+            gridDimZ: 1,
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared as u32,
+            hStream: stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        }
+    }
+}
+
 impl Function {
     /// Blocks of that shape that a multiprocessor can have at once; 0 if it has not room for one.
     pub(super) fn resident_blocks(&self, threads: u32, shared: usize) -> Result<usize, KernelError> {
@@ -194,21 +222,8 @@ impl Function {
         self.module.context.bind_to_thread().map_err(failed)?;
         // SAFETY: the attribute is plain data for which all zeros are valid.
         let mut attributes: [sys::CUlaunchAttribute; 1] = unsafe { std::mem::zeroed() };
-        attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        attributes[0].value.clusterDim =
-            sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid.0,
-            gridDimY: launch.grid.1,
-            gridDimZ: 1,
-            blockDimX: launch.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared as u32,
-            hStream: std::ptr::null_mut(),
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: 1,
-        };
+        launch.set_cluster(&mut attributes[0]);
+        let config = launch.config(std::ptr::null_mut(), &mut attributes);
         let mut clusters = 0;
         // SAFETY: the function is alive, and the pointers are to live values of this frame.
         unsafe { sys::cuOccupancyMaxActiveClusters(&mut clusters, self.handle, &config) }
@@ -255,9 +270,7 @@ impl Function {
         let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
         let mut count = 0;
         if launch.cluster > 1 {
-            attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-            attributes[count].value.clusterDim =
-                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: launch.cluster, y: 1, z: 1 };
+            launch.set_cluster(&mut attributes[count]);
             count += 1;
         }
         if launch.programmatic {
@@ -266,18 +279,7 @@ impl Function {
             attributes[count].value.programmaticStreamSerializationAllowed = 1;
             count += 1;
         }
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.grid.0,
-            gridDimY: launch.grid.1,
-            gridDimZ: 1,
-            blockDimX: launch.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: launch.shared as u32,
-            hStream: stream,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: count as u32,
-        };
+        let config = launch.config(stream, &mut attributes[..count]);
         // SAFETY: the function is alive, `config` and `parameters` live through the call, which copies them, and the
         // caller vouches for what they point to and for `stream`.
         unsafe { sys::cuLaunchKernelEx(&config, self.handle, parameters.as_mut_ptr(), std::ptr::null_mut()) }

@@ -39,20 +39,8 @@ pub(super) use functions::Operations;
 use super::{CudaDevice, CudaRef, Element};
 use crate::{
     AttentionShape, Backend, DenseWeight, KernelError, KvShape, LinearKernel, MatMut, MatRef, StepPlan,
-    Workspace,
+    Workspace, matrix::expect_shape,
 };
-
-/// Fails unless a matrix is `rows x cols`.
-fn expect_shape(
-    argument: &'static str,
-    (got_rows, got_cols): (usize, usize),
-    (rows, cols): (usize, usize),
-) -> Result<(), KernelError> {
-    if (got_rows, got_cols) == (rows, cols) {
-        return Ok(());
-    }
-    Err(KernelError::Shape { argument, rows, cols, got_rows, got_cols })
-}
 
 /// Fails unless `got` is below `limit`.
 fn expect_below(what: &'static str, got: usize, limit: usize) -> Result<(), KernelError> {

@@ -81,8 +81,8 @@ impl Pinned {
         unsafe {
             let words = std::slice::from_raw_parts(self.words.as_ptr(), len);
             result::memcpy_htod_async(address, words, stream.cu_stream()).map_err(failed)?;
-            result::event::record(self.event, stream.cu_stream()).map_err(failed)
         }
+        self.mark(stream)
     }
 
     /// Queues a copy of `len` words at `address` to the first words.
@@ -98,8 +98,8 @@ impl Pinned {
         unsafe {
             let words = std::slice::from_raw_parts_mut(self.words.as_ptr(), len);
             result::memcpy_dtoh_async(words, address, stream.cu_stream()).map_err(failed)?;
-            result::event::record(self.event, stream.cu_stream()).map_err(failed)
         }
+        self.mark(stream)
     }
 }
 

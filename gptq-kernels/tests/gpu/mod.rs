@@ -1,0 +1,16 @@
+use gptq_kernels::{
+    Unsupported,
+    cuda::{CudaDevice, Element},
+};
+
+/// The first GPU, or `None` with a printed reason.
+pub(crate) fn gpu<T: Element>() -> Option<CudaDevice<T>> {
+    match CudaDevice::new(0) {
+        Ok(device) => Some(device),
+        Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {
+            println!("skipped: {reason}");
+            None
+        }
+        Err(reason) => panic!("there is a GPU, but {reason}"),
+    }
+}
