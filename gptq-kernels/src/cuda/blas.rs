@@ -31,8 +31,11 @@ fn blas_error(during: &'static str, error: CublasError) -> KernelError {
     KernelError::Gpu { during, message: format!("{:?}", error.0) }
 }
 
-/// A cuBLAS handle. It is set to the caller's stream and the caller's scratch for each product, so that one handle serves
-/// all streams, and products on several streams at once do not share memory.
+/// The cuBLAS handle of a context. It is set to the caller's stream and the caller's scratch for each product, so that it
+/// serves all streams, and products on several streams at once do not share memory.
+///
+/// It lives as long as the process: cuBLAS waits for the whole device when it destroys a handle, which is an error
+/// whenever any stream of the context, another thread's too, is being recorded, and breaks that recording.
 pub(super) struct Blas {
     context: Arc<CudaContext>,
     handle: Mutex<Handle>,
@@ -59,8 +62,19 @@ pub(super) struct Scratch {
 }
 
 impl Blas {
-    /// Takes 0.3 s and some memory of the device. [`probe`] must have succeeded.
-    pub(super) fn new(context: &Arc<CudaContext>) -> Result<Self, KernelError> {
+    /// The first call for a context takes 0.3 s and some memory of the device. [`probe`] must have succeeded.
+    pub(super) fn of(context: &Arc<CudaContext>) -> Result<Arc<Self>, KernelError> {
+        static ALL: Mutex<Vec<Arc<Blas>>> = Mutex::new(Vec::new());
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(blas) = all.iter().find(|blas| blas.context == *context) {
+            return Ok(Arc::clone(blas));
+        }
+        let blas = Arc::new(Self::new(context)?);
+        all.push(Arc::clone(&blas));
+        Ok(blas)
+    }
+
+    fn new(context: &Arc<CudaContext>) -> Result<Self, KernelError> {
         context.bind_to_thread().map_err(|error| gpu_error("cuCtxSetCurrent", error))?;
         let handle = result::create_handle().map_err(|error| blas_error("cublasCreate", error))?;
         let blas = Self { context: Arc::clone(context), handle: Mutex::new(Handle(handle)) };
@@ -151,15 +165,5 @@ impl Blas {
                 .map_err(|error| blas_error("cublasSetWorkspace", error))?;
         }
         call(handle.0).result().map_err(|error| blas_error(during, error))
-    }
-}
-
-impl Drop for Blas {
-    fn drop(&mut self) {
-        let handle = self.handle.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if self.context.bind_to_thread().is_ok() {
-            // SAFETY: the handle is alive and not used again. An error cannot be acted upon here.
-            let _ = unsafe { result::destroy_handle(handle.0) };
-        }
     }
 }

@@ -23,12 +23,7 @@
 //! 72 registers, no spills. Eight rows cost 10.7 / 25.0 / 26.4 / 122 / 67, because x is read through the first-level cache, of
 //! which the ring leaves little.
 
-use std::{
-    borrow::Cow,
-    marker::PhantomData,
-    ops::RangeInclusive,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{borrow::Cow, marker::PhantomData, ops::RangeInclusive, sync::Arc};
 
 use cudarc::cublas::sys::cudaDataType;
 use half::{bf16, f16};
@@ -69,15 +64,13 @@ const SCRATCH: usize = 4 << 20;
 pub(super) struct Dense<T: Element> {
     device: CudaDevice<T>,
     name: &'static str,
-    /// Made when the first layer is prepared: a handle costs 0.3 s, which programs without dense layers need not pay.
-    blas: Mutex<Option<Arc<Blas>>>,
 }
 
 impl<T: Element> Dense<T> {
     /// Without cuBLAS.
     pub(super) fn new(device: &CudaDevice<T>) -> Result<Self, Unsupported> {
         device.needs((8, 0))?;
-        Ok(Self { device: device.clone(), name: NAME, blas: Mutex::default() })
+        Ok(Self { device: device.clone(), name: NAME })
     }
 
     pub(super) fn with_cublas(device: &CudaDevice<T>) -> Result<Self, Unsupported> {
@@ -117,15 +110,9 @@ impl<T: Element> Dense<T> {
         }))
     }
 
+    /// Not before a layer is prepared: programs without dense layers need not wait for the handle.
     fn blas(&self) -> Result<Option<Arc<Blas>>, KernelError> {
-        if self.name == NAME {
-            return Ok(None);
-        }
-        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
-        if blas.is_none() {
-            *blas = Some(Arc::new(Blas::new(self.device.stream().context())?));
-        }
-        Ok(blas.clone())
+        if self.name == NAME { Ok(None) } else { Blas::of(self.device.stream().context()).map(Some) }
     }
 }
 

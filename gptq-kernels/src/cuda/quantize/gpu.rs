@@ -31,7 +31,7 @@ pub(super) const MOST_BLOCKS: usize = 65535;
 
 pub(super) struct Gpu<T: Element> {
     pub(super) device: CudaDevice<T>,
-    blas: Blas,
+    blas: Arc<Blas>,
     scratch: Memory<u8>,
     functions: HashMap<&'static str, Function>,
 }
@@ -107,7 +107,7 @@ impl<T: Element> Gpu<T> {
         }
         Ok(Self {
             device: device.clone(),
-            blas: Blas::new(stream.context())?,
+            blas: Blas::of(stream.context())?,
             scratch: Memory::zeros(stream, SCRATCH)?,
             functions,
         })
