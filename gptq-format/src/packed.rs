@@ -5,6 +5,7 @@ use half::f16;
 use crate::Bits;
 use crate::bitstream::{pack_columns, pack_stream, padding_mask, unpack_columns, unpack_stream};
 
+mod order;
 #[cfg(test)]
 mod tests;
 
@@ -149,6 +150,16 @@ pub enum PackError {
         index: usize,
         /// The value.
         value: f32,
+    },
+    /// An order names a feature that does not exist, or one twice.
+    #[error("order[{index}] = {feature} is not one of {features} features, or is there twice")]
+    Order {
+        /// Place in the order.
+        index: usize,
+        /// The entry.
+        feature: u32,
+        /// Number of features.
+        features: usize,
     },
 }
 

@@ -96,6 +96,19 @@ fn layers() -> impl Strategy<Value = Layer> {
     })
 }
 
+/// `0..len` in an order that looks random.
+fn shuffled(len: usize, seed: u64) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..len as u32).collect();
+    order.sort_by_key(|&i| (u64::from(i) ^ seed).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    order
+}
+
+fn inverse(order: &[u32]) -> Vec<u32> {
+    let mut inverse = vec![0; order.len()];
+    (0..).zip(order).for_each(|(i, &feature)| inverse[feature as usize] = i);
+    inverse
+}
+
 proptest! {
     #[test]
     fn unpacking_gives_what_was_packed(layer in layers()) {
@@ -119,6 +132,45 @@ proptest! {
     fn packed_words_pass_their_own_validation(layer in layers()) {
         let packed = layer.pack().expect("valid codes");
         prop_assert_eq!(&PackedLinear::from_parts(parts(&packed)).expect("packed by us"), &packed);
+    }
+
+    #[test]
+    fn features_in_another_order_are_the_same_features(layer in layers(), seed in any::<u64>()) {
+        let packed = layer.pack().expect("valid codes");
+        let (inputs, outputs) = (shuffled(layer.in_features, seed), shuffled(layer.out_features, !seed));
+        let moved = packed.with_input_order(&inputs).and_then(|moved| moved.with_output_order(&outputs));
+        let moved = moved.expect("permutations");
+        let (was, is) = (packed.dequantize(), moved.dequantize());
+        for (o, &out) in outputs.iter().enumerate() {
+            for (i, &feature) in inputs.iter().enumerate() {
+                let at = out as usize * layer.in_features + feature as usize;
+                prop_assert_eq!(is[o * layer.in_features + i], was[at]);
+            }
+            prop_assert_eq!(moved.bias().map(|bias| bias[o]), packed.bias().map(|bias| bias[out as usize]));
+        }
+        // Padding bits are zero, and nothing is lost on the way back.
+        prop_assert_eq!(&PackedLinear::from_parts(parts(&moved)).expect("moved by us"), &moved);
+        let back = moved.with_input_order(&inverse(&inputs)).and_then(|back| back.with_output_order(&inverse(&outputs)));
+        prop_assert_eq!(&back.expect("permutations"), &packed);
+    }
+
+    #[test]
+    fn groups_that_are_full_have_an_order(layer in layers(), seed in any::<u64>()) {
+        let mut layer = layer;
+        let of = shuffled(layer.in_features, seed);
+        for (i, &feature) in of.iter().enumerate() {
+            layer.g_idx[feature as usize] = (i / layer.group_size) as u32;
+        }
+        let packed = layer.pack().expect("valid codes");
+        let order = packed.group_order();
+        prop_assert_eq!(order.is_some(), packed.is_act_order());
+        if let Some(order) = order {
+            prop_assert!(!packed.with_input_order(&order).expect("a permutation").is_act_order());
+            for pair in order.windows(2) {
+                let group = |i: usize| packed.g_idx()[pair[i] as usize];
+                prop_assert!(group(0) < group(1) || group(0) == group(1) && pair[0] < pair[1]);
+            }
+        }
     }
 
     #[test]
@@ -246,4 +298,27 @@ fn act_order_is_known_by_its_g_idx() {
     assert!(!small().pack().expect("valid").is_act_order());
     let layer = Layer { g_idx: vec![2, 0, 1, 1, 0], ..small() };
     assert!(layer.pack().expect("valid").is_act_order());
+}
+
+#[test]
+fn groups_of_other_sizes_have_no_order() {
+    // Group 1 is the short one, and group 2 is full.
+    let layer = Layer { g_idx: vec![2, 0, 1, 0, 2], ..small() };
+    assert_eq!(layer.pack().expect("valid").group_order(), None);
+    let layer = Layer { g_idx: vec![0, 0, 0, 1, 2], ..small() };
+    assert_eq!(layer.pack().expect("valid").group_order(), None);
+    let layer = Layer { g_idx: vec![2, 0, 1, 1, 0], ..small() };
+    assert_eq!(layer.pack().expect("valid").group_order(), Some(vec![1, 4, 2, 3, 0]));
+    assert_eq!(small().pack().expect("valid").group_order(), None);
+}
+
+#[test]
+fn orders_are_permutations() {
+    let packed = small().pack().expect("valid");
+    let length = |expected, got| PackError::Length { field: "order", expected, got };
+    assert_eq!(packed.with_input_order(&[0, 1, 2]), Err(length(5, 3)));
+    assert_eq!(packed.with_output_order(&[0, 1, 2, 3]), Err(length(3, 4)));
+    let order = |index, feature, features| PackError::Order { index, feature, features };
+    assert_eq!(packed.with_input_order(&[0, 1, 2, 5, 3]), Err(order(3, 5, 5)));
+    assert_eq!(packed.with_output_order(&[0, 2, 2]), Err(order(2, 2, 3)));
 }
