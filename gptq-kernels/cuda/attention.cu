@@ -17,6 +17,7 @@ struct AttentionArgs {
     const Tile* tiles;
     const float* cos;       // (positions, head_dim / 2)
     const float* sin;
+    const u32* places;      // decode: (heads * head_dim), the column of y where each goes; null if they stay in order
     float* partials;        // decode: (rows, heads, chunks, padded) sums, then (rows, heads, chunks, 2) states
     u32* tickets;           // decode: (gridDim.y), zero before and after; used if gridDim.x > 1
     u64 stride, y_stride;
@@ -28,6 +29,12 @@ struct AttentionArgs {
     u32 vectors;            // prefill: heads of qkv are aligned to 16 bytes, those of y to 4
     float scale;            // log2(e) / sqrt(head_dim)
 };
+
+// Brings what no kernel writes to the first cache.
+DEVICE void fetch_constant(const u32* from) {
+    u32 unused;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(unused) : "l"(from));
+}
 
 // First position that the row at `position` sees.
 DEVICE u32 first_seen(u32 window, u32 position) { return window != 0 && position + 1 > window ? position + 1 - window : 0; }
@@ -247,6 +254,11 @@ DEVICE void decode(const AttentionArgs& args) {
     const bool real = lead < PASS && d < half, newest_here = (last_chunk - first_chunk) % gridDim.x == blockIdx.x;
     const bool fresh = newest_here && lead < 2;
     const float cosine = real ? args.cos[(u64)position * half + d] : 1.0f, sine = real ? args.sin[(u64)position * half + d] : 0.0f;
+    auto column_of = [&](u32 i) { return (first_head + i / P) * args.head_dim + i % P; };
+    // To the first cache, for the end: no later load has to wait for them.
+    if (args.places != nullptr)
+        for (u32 i = threadIdx.x; i < count * P; i += THREADS)
+            if (i % P < args.head_dim) fetch_constant(args.places + column_of(i));
     await_previous();
 
     const u16* qkv = args.qkv + row * args.stride + d;
@@ -289,10 +301,11 @@ DEVICE void decode(const AttentionArgs& args) {
     }
 
     const u64 head_rows = (u64)args.rows * args.heads;
-    u16* y = args.y + row * args.y_stride + first_head * args.head_dim;
+    u16* y = args.y + row * args.y_stride;
     auto finish = [&](u32 i, float sum, float total) {
-        const u32 feature = i % P;
-        if (feature < args.head_dim) y[i / P * args.head_dim + feature] = Half::from_float(__fmul_rn(sum, 1.0f / total));
+        if (i % P >= args.head_dim) return;
+        const u32 column = column_of(i);
+        y[args.places != nullptr ? args.places[column] : column] = Half::from_float(__fmul_rn(sum, 1.0f / total));
     };
 
 #pragma unroll 1

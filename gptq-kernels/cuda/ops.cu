@@ -34,10 +34,12 @@ DEVICE void embed(const EmbedArgs& args) {
 constexpr u32 NORM_THREADS = 512, HELD = 2;
 
 // y = x / sqrt(mean(x^2) + eps) * weight, where x is the residual after `delta` has been added to it, if there is one.
+// Where y has an order of its own, its column i, and the weight's, is of column order[i] of x.
 struct NormArgs {
     u16* x;
     const u16* delta;   // or null
     const u16* weight;  // (cols)
+    const u32* order;   // (cols), or null
     u16* y;
     u64 x_stride, delta_stride, y_stride;
     u32 cols, vectors;
@@ -56,20 +58,45 @@ DEVICE float block_sum(float value) {
     return total;
 }
 
-template <class Half, bool ADD>
+// Eight columns of an order.
+struct Columns {
+    u32 at[8];
+};
+
+DEVICE Columns load_columns(const u32* order, u32 left, bool vectors) {
+    Columns columns = {};
+    if (vectors && left >= 8) {
+        const uint4 low = ((const uint4*)order)[0], high = ((const uint4*)order)[1];
+        columns = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    } else {
+#pragma unroll
+        for (u32 e = 0; e < 8; ++e)
+            if (e < left) columns.at[e] = order[e];
+    }
+    return columns;
+}
+
+// Where y has its own order, the row goes through shared memory, which has room for it in multiples of 8 columns. Its
+// squares are added as they lie in x all the same, so that every element has the bits that it has in order.
+template <class Half, bool ADD, bool ORDERED>
 DEVICE void norm(const NormArgs& args) {
+    extern __shared__ __align__(16) u16 row[];
     release_next();
     u16* x = args.x + blockIdx.x * args.x_stride;
     u16* y = args.y + blockIdx.x * args.y_stride;
     const u16* delta = args.delta + (ADD ? blockIdx.x * args.delta_stride : 0);
     // Thread t has elements 8 t .. 8 t + 8 of every 8 * NORM_THREADS; the first ones stay in registers.
     float held[HELD][8], weight[HELD][8];
+    Columns columns[HELD];
 #pragma unroll
     for (u32 k = 0; k < HELD; ++k) {
         const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
-        if (i < args.cols) load_8<Half>(weight[k], args.weight + i, args.cols - i, args.vectors);
+        if (i >= args.cols) continue;
+        load_8<Half>(weight[k], args.weight + i, args.cols - i, args.vectors);
+        if (ORDERED) columns[k] = load_columns(args.order + i, args.cols - i, args.vectors);
     }
     await_previous();
+    float sum = 0.0f;
     auto fetch = [&](float (&v)[8], u32 i) {
         load_8<Half>(v, x + i, args.cols - i, args.vectors);
         if (ADD) {
@@ -79,23 +106,25 @@ DEVICE void norm(const NormArgs& args) {
             for (u32 e = 0; e < 8; ++e) v[e] = Half::to_float(Half::from_float(v[e] + d[e]));
             store_8<Half>(x + i, v, args.cols - i, args.vectors);
         }
-    };
-    float sum = 0.0f;
-    auto square = [&](const float (&v)[8]) {
+        if (ORDERED) store_8<Half>(row + i, v, 8, true);
 #pragma unroll
         for (u32 e = 0; e < 8; ++e) sum = __fmaf_rn(v[e], v[e], sum);
     };
 #pragma unroll
     for (u32 k = 0; k < HELD; ++k) {
         const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
-        if (i < args.cols) fetch(held[k], i), square(held[k]);
+        if (i < args.cols) fetch(held[k], i);
     }
     for (u32 i = (HELD * NORM_THREADS + threadIdx.x) * 8; i < args.cols; i += NORM_THREADS * 8) {
         float v[8];
         fetch(v, i);
-        square(v);
     }
+    // Behind it, the row is in shared memory.
     const float scale = 1.0f / sqrtf(block_sum(sum) / (float)args.cols + args.eps);
+    auto pick = [&](float (&v)[8], const Columns& columns) {
+#pragma unroll
+        for (u32 e = 0; e < 8; ++e) v[e] = Half::to_float(row[columns.at[e]]);
+    };
     auto finish = [&](float (&v)[8], const float (&w)[8], u32 i) {
 #pragma unroll
         for (u32 e = 0; e < 8; ++e) v[e] = v[e] * scale * w[e];
@@ -104,14 +133,67 @@ DEVICE void norm(const NormArgs& args) {
 #pragma unroll
     for (u32 k = 0; k < HELD; ++k) {
         const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
-        if (i < args.cols) finish(held[k], weight[k], i);
+        if (i >= args.cols) continue;
+        if (ORDERED) pick(held[k], columns[k]);
+        finish(held[k], weight[k], i);
     }
     for (u32 i = (HELD * NORM_THREADS + threadIdx.x) * 8; i < args.cols; i += NORM_THREADS * 8) {
         float v[8], w[8];
-        load_8<Half>(v, x + i, args.cols - i, args.vectors);
+        if (ORDERED) pick(v, load_columns(args.order + i, args.cols - i, args.vectors));
+        else load_8<Half>(v, x + i, args.cols - i, args.vectors);
         load_8<Half>(w, args.weight + i, args.cols - i, args.vectors);
         finish(v, w, i);
     }
+}
+
+// y[r, i] = y[r, order[i]], through shared memory, which has room for a row in multiples of 8 columns.
+struct ReorderArgs {
+    const u32* order;  // (cols)
+    u16* y;
+    u64 y_stride;
+    u32 cols, vectors;
+};
+
+DEVICE void reorder_columns(const ReorderArgs& args) {
+    extern __shared__ __align__(16) u16 row[];
+    release_next();
+    u16* y = args.y + blockIdx.x * args.y_stride;
+    Columns columns[HELD];
+#pragma unroll
+    for (u32 k = 0; k < HELD; ++k) {
+        const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
+        if (i < args.cols) columns[k] = load_columns(args.order + i, args.cols - i, args.vectors);
+    }
+    await_previous();
+    for (u32 i = threadIdx.x * 8; i < args.cols; i += NORM_THREADS * 8) {
+        if (args.vectors && args.cols - i >= 8) {
+            *(uint4*)(row + i) = *(const uint4*)(y + i);
+        } else {
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e)
+                if (e < args.cols - i) row[i + e] = y[i + e];
+        }
+    }
+    __syncthreads();
+    auto store = [&](const Columns& columns, u32 i) {
+        u32 out[8];
+#pragma unroll
+        for (u32 e = 0; e < 8; ++e) out[e] = row[columns.at[e]];
+        if (args.vectors && args.cols - i >= 8) {
+            *(uint4*)(y + i) = {out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16, out[6] | out[7] << 16};
+        } else {
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e)
+                if (e < args.cols - i) y[i + e] = (u16)out[e];
+        }
+    };
+#pragma unroll
+    for (u32 k = 0; k < HELD; ++k) {
+        const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
+        if (i < args.cols) store(columns[k], i);
+    }
+    for (u32 i = (HELD * NORM_THREADS + threadIdx.x) * 8; i < args.cols; i += NORM_THREADS * 8)
+        store(load_columns(args.order + i, args.cols - i, args.vectors), i);
 }
 
 // Element by element; block (r, c) does 8 * blockDim.x columns of row r.
@@ -241,8 +323,11 @@ DEVICE void rope_append(const RopeArgs& args) {
 #define OP(THREADS, NAME, ARGS, CALL) \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME(const __grid_constant__ ARGS args) { CALL(args); }
 OP(512, embed, EmbedArgs, embed<IMAGE_HALF>)
-OP(NORM_THREADS, rms_norm, NormArgs, (norm<IMAGE_HALF, false>))
-OP(NORM_THREADS, add_rms_norm, NormArgs, (norm<IMAGE_HALF, true>))
+OP(NORM_THREADS, rms_norm, NormArgs, (norm<IMAGE_HALF, false, false>))
+OP(NORM_THREADS, add_rms_norm, NormArgs, (norm<IMAGE_HALF, true, false>))
+OP(NORM_THREADS, rms_norm_ordered, NormArgs, (norm<IMAGE_HALF, false, true>))
+OP(NORM_THREADS, add_rms_norm_ordered, NormArgs, (norm<IMAGE_HALF, true, true>))
+OP(NORM_THREADS, reorder, ReorderArgs, reorder_columns)
 OP(256, add, ElementArgs, add<IMAGE_HALF>)
 OP(256, silu_mul, ElementArgs, silu_mul<IMAGE_HALF>)
 OP(512, gather, GatherArgs, gather_rows)

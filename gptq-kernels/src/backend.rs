@@ -30,6 +30,10 @@ pub trait Backend: Device + Sized {
     /// Forward passes that have been recorded.
     type Recordings: Default + Send + Sync;
 
+    /// An order of columns: of the input of a layer that was prepared
+    /// [in order](crate::LinearKernel::prepare_in_order), as a rule.
+    type Order: Send + Sync;
+
     /// Runs `work`, a series of operations, from where they start fastest: inside the thread pool, say.
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         work()
@@ -87,22 +91,35 @@ pub trait Backend: Device + Sized {
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError>;
 
-    /// `y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight`.
+    /// Prepares an order in which operations can write their columns: column `i` of what they write is column `order[i]` of
+    /// what they would write without. An order costs the operation little or nothing.
+    ///
+    /// Errors: [`KernelError::Argument`] unless every column below `order.len()` is in it once.
+    fn order(&self, order: &[u32]) -> Result<Self::Order, KernelError>;
+
+    /// `y[r, i] = y[r, order[i]]`, for what an operation without an order has written.
+    fn reorder(&self, order: &Self::Order, y: MatMut<'_, Self>) -> Result<(), KernelError>;
+
+    /// `y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight`; with an order, `x` is as ever, and the weight is in the order of `y`:
+    /// `y[r, i] = x[r, order[i]] / sqrt(mean(x[r]^2) + eps) * weight[i]`, to the same bits.
     fn rms_norm(
         &self,
         x: MatRef<'_, Self>,
         weight: Self::Slice<'_>,
         eps: f32,
+        order: Option<&Self::Order>,
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError>;
 
-    /// `residual += delta`, then `y = rms_norm(residual)`: the two steps between blocks of a decoder, in one pass.
+    /// `residual += delta`, then `y = rms_norm(residual)`: the two steps between blocks of a decoder, in one pass. The residual
+    /// has no order.
     fn add_rms_norm(
         &self,
         residual: MatMut<'_, Self>,
         delta: MatRef<'_, Self>,
         weight: Self::Slice<'_>,
         eps: f32,
+        order: Option<&Self::Order>,
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError>;
 
@@ -141,7 +158,8 @@ pub trait Backend: Device + Sized {
     ) -> Result<(), KernelError>;
 
     /// [`rope_append`](Self::rope_append), then [`attention`](Self::attention), to the same bits; a device may do both in
-    /// one kernel, and then need not rotate in place: what `qkv` holds afterwards is not defined.
+    /// one kernel, and then need not rotate in place: what `qkv` holds afterwards is not defined. With an order,
+    /// `y[r, order[i]]` of these goes to `y[r, i]`.
     #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
@@ -151,11 +169,16 @@ pub trait Backend: Device + Sized {
         rope: &Self::Rope,
         mut qkv: MatMut<'_, Self>,
         store: &mut Self::KvStore,
-        y: MatMut<'_, Self>,
+        order: Option<&Self::Order>,
+        mut y: MatMut<'_, Self>,
         workspace: &mut Workspace<Self>,
     ) -> Result<(), KernelError> {
         self.rope_append(layer, shape, step, rope, qkv.reborrow(), store)?;
-        self.attention(layer, shape, step, store, qkv.as_ref(), y, workspace)
+        self.attention(layer, shape, step, store, qkv.as_ref(), y.reborrow(), workspace)?;
+        match order {
+            Some(order) => self.reorder(order, y),
+            None => Ok(()),
+        }
     }
 
     /// `y[r, i] = silu(x[r, i]) * x[r, width + i]` with `silu(g) = g / (1 + exp(-g))`: `x` is `(rows, 2 * width)`, gate
@@ -304,4 +327,25 @@ impl StepPlan<'_> {
             None => Ok(()),
         }
     }
+}
+
+/// The place of every column in an order.
+///
+/// Errors: [`KernelError::Argument`] unless every column below `order.len()` is in it once.
+pub(crate) fn inverse_order(order: &[u32]) -> Result<Vec<u32>, KernelError> {
+    let len = order.len();
+    let mut places = vec![u32::MAX; len];
+    for (place, &column) in (0..).zip(order) {
+        match places.get_mut(column as usize) {
+            Some(free @ &mut u32::MAX) => *free = place,
+            _ => {
+                return Err(KernelError::Argument {
+                    what: "column of an order",
+                    got: column as usize,
+                    limit: len,
+                });
+            }
+        }
+    }
+    Ok(places)
 }

@@ -58,7 +58,7 @@ mod units;
 mod wgmma;
 
 pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
-pub use ops::{CudaEmbedding, CudaKvStore, CudaRecordings, CudaRope, CudaStep};
+pub use ops::{CudaEmbedding, CudaKvStore, CudaOrder, CudaRecordings, CudaRope, CudaStep};
 #[cfg(feature = "quantize")]
 pub use quantize::{CudaMoments, CudaPrepared, CudaQuantized, CudaQuantizer, CudaSums};
 

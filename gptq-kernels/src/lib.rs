@@ -11,6 +11,7 @@ mod device;
 mod draw;
 mod error;
 mod fusion;
+mod in_order;
 mod linear;
 mod matrix;
 #[cfg(feature = "quantize")]

@@ -82,7 +82,7 @@ fn norms<T: Element>() {
         let x_buffer = upload(&device, &x);
         let mut y = device.alloc(rows * cols).unwrap();
         device
-            .rms_norm(whole(&x_buffer, rows, cols), weight_slice, 1e-5, whole_mut(&mut y, rows, cols))
+            .rms_norm(whole(&x_buffer, rows, cols), weight_slice, 1e-5, None, whole_mut(&mut y, rows, cols))
             .unwrap();
         let first = download(&device, &y);
         check("rms_norm", &x, &first);
@@ -94,6 +94,7 @@ fn norms<T: Element>() {
                 whole(&delta_buffer, rows, cols),
                 weight_slice,
                 1e-5,
+                None,
                 whole_mut(&mut y, rows, cols),
             )
             .unwrap();
@@ -113,7 +114,7 @@ fn norms<T: Element>() {
             let x = CudaDevice::<T>::slice(&apart, start..start + cols);
             let mut one = device.alloc(cols).unwrap();
             let x = MatRef::new(x, 1, cols).unwrap();
-            device.rms_norm(x, weight_slice, 1e-5, whole_mut(&mut one, 1, cols)).unwrap();
+            device.rms_norm(x, weight_slice, 1e-5, None, whole_mut(&mut one, 1, cols)).unwrap();
             assert_eq!(download(&device, &one), first[r * cols..][..cols]);
         }
     }
@@ -269,7 +270,7 @@ impl<T: Element> Fixture<T> {
         let (x, out) = (whole_mut(&mut qkv, rows, cols), whole_mut(&mut y, rows, width));
         let (rope, store) = (&self.rope, &mut self.store);
         if at_once {
-            device.attend(layer, shape, &step, rope, x, store, out, &mut workspace).unwrap();
+            device.attend(layer, shape, &step, rope, x, store, None, out, &mut workspace).unwrap();
         } else {
             device.rope_append(layer, shape, &step, rope, x, store).unwrap();
             let x = whole(&qkv, rows, cols);
@@ -519,7 +520,7 @@ fn what_does_not_fit_is_refused() {
             (whole_mut(&mut qkv, 1, shape.qkv_features()), whole_mut(&mut y, 1, shape.out_features()));
         let mut workspace = Workspace::new(&device, device.attention_workspace_len(&step, shape)).unwrap();
         let result =
-            device.attend(layer, shape, &step, &fixture.rope, x, &mut fixture.store, y, &mut workspace);
+            device.attend(layer, shape, &step, &fixture.rope, x, &mut fixture.store, None, y, &mut workspace);
         result.unwrap_err().to_string()
     };
     assert_eq!(refuse(100, &[0, 1], 0), "position 100: must be below 100");

@@ -433,7 +433,7 @@ fn same_bits_as_norm<T: Element>(layer: &Layer) {
             let into =
                 MatMut::new(CudaDevice::slice_mut(&mut normed, 0..rows * inputs), rows, inputs).unwrap();
             let slice = CudaDevice::slice(&norm_weight, 0..inputs);
-            device.rms_norm(read(&run.x, rows * inputs, inputs), slice, 1e-5, into).unwrap();
+            device.rms_norm(read(&run.x, rows * inputs, inputs), slice, 1e-5, None, into).unwrap();
             let mut results = Vec::new();
             for (layer, x) in [(&run.layer, &normed), (&fused, &run.x)] {
                 let mut workspace = Workspace::new(device, layer.workspace_len(rows)).unwrap();

@@ -19,3 +19,8 @@ pub(crate) fn mat_mut<D: Backend>(
 ) -> Result<MatMut<'_, D>, KernelError> {
     MatMut::new(D::slice_mut(buffer, 0..rows * cols), rows, cols)
 }
+
+/// A whole buffer.
+pub(crate) fn all<D: Backend>(buffer: &D::Buffer) -> D::Slice<'_> {
+    D::slice(buffer, 0..D::buffer_len(buffer))
+}

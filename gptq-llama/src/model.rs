@@ -3,6 +3,7 @@
 mod capacity;
 mod forward;
 mod load;
+mod norm;
 mod step;
 
 use gptq_kernels::{AttentionShape, Backend, Linear};
@@ -13,6 +14,7 @@ pub(crate) use load::{attention_shape, load_norm};
 pub use step::{Drawing, Next, Turn};
 
 use crate::{KvCache, LlamaConfig, LlamaError, projections::Projections};
+use norm::OrderedNorm;
 
 /// A decoder that is ready to run on a device; its layers are dense or quantised, in any mixture.
 ///
@@ -21,6 +23,9 @@ use crate::{KvCache, LlamaConfig, LlamaError, projections::Projections};
 /// each layer:  h += o(attention(rope(q, k, v of norm(h))));  h += down(silu(gate) * up of norm(h))
 /// logits = lm_head(norm(h))
 /// ```
+///
+/// Layers that are act-ordered take their input in their own order ([`Linear::input_order`]): norms and attention write it
+/// that way, and gate and up have their outputs permuted when they are loaded.
 pub struct Llama<D: Backend> {
     /// Tells recordings of this model's steps from those of others.
     id: u64,
@@ -28,16 +33,18 @@ pub struct Llama<D: Backend> {
     config: LlamaConfig,
     embedding: D::Embedding,
     layers: Vec<DecoderLayer<D>>,
-    norm: D::Buffer,
+    norm: OrderedNorm<D>,
     lm_head: Box<dyn Linear<D>>,
 }
 
 struct DecoderLayer<D: Backend> {
     attention: AttentionShape,
-    input_norm: D::Buffer,
+    input_norm: OrderedNorm<D>,
     qkv: Projections<D>,
+    /// In which o takes what attention gives.
+    attention_order: Option<D::Order>,
     o: Box<dyn Linear<D>>,
-    post_norm: D::Buffer,
+    post_norm: OrderedNorm<D>,
     gate_up: Projections<D>,
     down: Box<dyn Linear<D>>,
 }

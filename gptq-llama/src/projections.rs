@@ -44,6 +44,8 @@ pub(crate) struct Preparation<'a, D: Backend> {
     /// Kernel of quantised layers, `None` for the preferred one.
     pub(crate) kernel: Option<&'a str>,
     pub(crate) precision: Precision,
+    /// Whether layers may take their input in an order of their own: then whoever writes it asks them for that order.
+    pub(crate) in_order: bool,
     /// How the preferred one is found: costs and what the layers will have to do.
     pub(crate) selector: Selector<'a>,
 }
@@ -68,14 +70,21 @@ impl<D: Backend> Preparation<'_, D> {
         let in_layer = |source| LlamaError::Layer { tensor: name.module.clone(), source };
         match weight {
             LinearWeight::Packed(packed) => {
-                let spec = LinearSpec::of(packed);
+                let spec = match self.in_order {
+                    true => LinearSpec::of_in_order(packed),
+                    false => LinearSpec::of(packed),
+                };
                 let kernel = self.select(name, &spec, self.kernel)?;
                 let (part, refused) = kernel.fusible(&spec, fusion);
                 if let Some(reason) = refused {
                     let (layer, kernel, prologue) = (&name.module, kernel.name(), fusion.prologue());
                     tracing::debug!(layer, kernel, ?prologue, epilogue = ?fusion.epilogue, %reason, "not fused");
                 }
-                kernel.prepare_fused(packed, &part).map_err(in_layer)
+                match self.in_order {
+                    true => kernel.prepare_in_order(packed, &part),
+                    false => kernel.prepare_fused(packed, &part),
+                }
+                .map_err(in_layer)
             }
             LinearWeight::Dense { tensor, bias } => {
                 let dense = tensor.as_dense(bias.as_deref());
@@ -164,16 +173,30 @@ impl<D: Backend> Preparation<'_, D> {
 
     fn side_by_side(&self, layers: &[(LinearName, LinearWeight<'_>)]) -> Result<Projections<D>, LlamaError> {
         let features = layers.iter().map(|(name, _)| name.out_features).sum();
+        let parts = self.each(layers)?;
+        if parts.iter().all(|part| part.linear.input_order() == parts[0].linear.input_order()) {
+            return Ok(Projections { parts, features });
+        }
+        // The input is written once, in one order.
+        drop(parts);
+        Ok(Projections { parts: self.as_it_is().each(layers)?, features })
+    }
+
+    /// The same, for layers that take their input as it is.
+    pub(crate) fn as_it_is(&self) -> Self {
+        Self { in_order: false, selector: self.selector.clone(), ..*self }
+    }
+
+    fn each(&self, layers: &[(LinearName, LinearWeight<'_>)]) -> Result<Vec<Part<D>>, LlamaError> {
         let mut offset = 0;
-        let parts = layers
+        layers
             .iter()
             .map(|(name, weight)| {
                 let part = Part { offset, linear: self.linear(name, weight)? };
                 offset += name.out_features;
                 Ok(part)
             })
-            .collect::<Result<_, LlamaError>>()?;
-        Ok(Projections { parts, features })
+            .collect()
     }
 }
 
@@ -186,13 +209,8 @@ fn joined(layers: &[(LinearName, LinearWeight<'_>)]) -> Option<(LinearName, Pack
 
 /// One packed layer with the outputs of all, if their codes have the same width and their inputs the same groups.
 fn concatenate(layers: &[(LinearName, LinearWeight<'_>)]) -> Option<PackedLinear> {
-    let packed: Vec<&PackedLinear> = layers
-        .iter()
-        .map(|(_, weight)| match weight {
-            LinearWeight::Packed(packed) => Some(packed),
-            LinearWeight::Dense { .. } => None,
-        })
-        .collect::<Option<_>>()?;
+    let packed: Vec<&PackedLinear> =
+        layers.iter().map(|(_, weight)| weight.packed()).collect::<Option<_>>()?;
     let first = *packed.first()?;
     // Zero points of several layers fit side by side only if each layer's fill whole words.
     let same = |p: &&PackedLinear| {
@@ -248,6 +266,11 @@ impl<D: Backend> Projections<D> {
         };
         let parts = linears.into_iter().map(part).collect();
         Self { parts, features }
+    }
+
+    /// The order in which all of them take the columns of their input.
+    pub(crate) fn input_order(&self) -> Option<&[u32]> {
+        self.parts.first().and_then(|part| part.linear.input_order())
     }
 
     /// Columns of the output.

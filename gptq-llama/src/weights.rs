@@ -105,6 +105,26 @@ pub(crate) enum LinearWeight<'a> {
     Packed(PackedLinear),
 }
 
+impl LinearWeight<'_> {
+    pub(crate) fn packed(&self) -> Option<&PackedLinear> {
+        match self {
+            Self::Packed(packed) => Some(packed),
+            Self::Dense { .. } => None,
+        }
+    }
+
+    /// The same with its outputs in another order, if it is packed.
+    pub(crate) fn with_output_order(self, name: &LinearName, order: &[u32]) -> Result<Self, LlamaError> {
+        match self {
+            Self::Packed(packed) => {
+                let in_layer = |source| LlamaError::Pack { tensor: name.module.clone(), source };
+                Ok(Self::Packed(packed.with_output_order(order).map_err(in_layer)?))
+            }
+            dense @ Self::Dense { .. } => Ok(dense),
+        }
+    }
+}
+
 /// Reads a tensor that must be there, in this shape.
 pub(crate) fn read_tensor<'a>(
     source: &'a dyn WeightSource,

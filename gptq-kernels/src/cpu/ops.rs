@@ -5,11 +5,13 @@ mod embedding;
 mod isa;
 mod kv;
 mod math;
+mod order;
 mod rope;
 mod step;
 
 pub use embedding::CpuEmbedding;
 pub use kv::CpuKvStore;
+pub use order::CpuOrder;
 pub use rope::CpuRope;
 pub use step::CpuStep;
 
@@ -42,12 +44,22 @@ fn row<'a>(x: &MatRef<'a, Cpu>, r: usize) -> &'a [f32] {
     &x.data()[r * x.row_stride()..][..x.cols()]
 }
 
+/// `y = x / rms(x) * weight`, with `x` in the order of `y`, if it has one.
+fn normalise(x: &[f32], weight: &[f32], eps: f32, order: Option<&CpuOrder>, y: &mut [f32]) {
+    let Some(order) = order else { return math::rms_norm(x, weight, eps, y) };
+    let scale = math::rms_scale(x, eps);
+    for ((y, x), w) in y.iter_mut().zip(order.of(x)).zip(weight) {
+        *y = (x * scale) * w;
+    }
+}
+
 impl Backend for Cpu {
     type Embedding = CpuEmbedding;
     type Rope = CpuRope;
     type KvStore = CpuKvStore;
     type Step = CpuStep;
     type Recordings = ();
+    type Order = CpuOrder;
 
     const PAGE_LEN: usize = step::PAGE_LEN;
 
@@ -95,16 +107,28 @@ impl Backend for Cpu {
         table.gather(step, y.data(), stride)
     }
 
+    fn order(&self, order: &[u32]) -> Result<CpuOrder, KernelError> {
+        CpuOrder::new(order)
+    }
+
+    fn reorder(&self, order: &CpuOrder, y: MatMut<'_, Self>) -> Result<(), KernelError> {
+        order.check(y.cols())?;
+        for_each_row(y, |_, y| order.reorder(y));
+        Ok(())
+    }
+
     fn rms_norm(
         &self,
         x: MatRef<'_, Self>,
         weight: &[f32],
         eps: f32,
+        order: Option<&CpuOrder>,
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError> {
         expect_shape("weight", (1, weight.len()), (1, x.cols()))?;
         expect_shape("y", (y.rows(), y.cols()), (x.rows(), x.cols()))?;
-        for_each_row(y, |r, y| math::rms_norm(row(&x, r), weight, eps, y));
+        order.map_or(Ok(()), |order| order.check(x.cols()))?;
+        for_each_row(y, |r, y| normalise(row(&x, r), weight, eps, order, y));
         Ok(())
     }
 
@@ -114,16 +138,22 @@ impl Backend for Cpu {
         delta: MatRef<'_, Self>,
         weight: &[f32],
         eps: f32,
+        order: Option<&CpuOrder>,
         mut y: MatMut<'_, Self>,
     ) -> Result<(), KernelError> {
         let shape = (delta.rows(), delta.cols());
+        order.map_or(Ok(()), |order| order.check(shape.1))?;
         expect_shape("weight", (1, weight.len()), (1, shape.1))?;
         expect_shape("residual", (residual.rows(), residual.cols()), shape)?;
         expect_shape("y", (y.rows(), y.cols()), shape)?;
         let (rows, cols) = shape;
         let (x_stride, y_stride) = (residual.row_stride().max(1), y.row_stride().max(1));
-        let run = |(r, (x, y)): (usize, (&mut [f32], &mut [f32]))| {
-            math::add_rms_norm(&mut x[..cols], row(&delta, r), weight, eps, &mut y[..cols]);
+        let run = |(r, (x, y)): (usize, (&mut [f32], &mut [f32]))| match order {
+            Some(_) => {
+                math::add(row(&delta, r), &mut x[..cols]);
+                normalise(&x[..cols], weight, eps, order, &mut y[..cols]);
+            }
+            None => math::add_rms_norm(&mut x[..cols], row(&delta, r), weight, eps, &mut y[..cols]),
         };
         let (x, y) = (residual.data(), y.data());
         if rows * cols < PARALLEL_ELEMENTS {

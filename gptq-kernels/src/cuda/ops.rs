@@ -24,12 +24,14 @@ mod drawn;
 mod element;
 mod functions;
 mod kv;
+mod order;
 mod recording;
 mod split;
 mod step;
 mod tables;
 
 pub use kv::CudaKvStore;
+pub use order::CudaOrder;
 pub use recording::CudaRecordings;
 pub use step::CudaStep;
 pub use tables::{CudaEmbedding, CudaRope};
@@ -53,6 +55,7 @@ impl<T: Element> Backend for CudaDevice<T> {
     type KvStore = CudaKvStore<T>;
     type Step = CudaStep;
     type Recordings = CudaRecordings;
+    type Order = CudaOrder;
 
     const PAGE_LEN: usize = step::PAGE_LEN;
     const QUEUES: bool = true;
@@ -99,14 +102,23 @@ impl<T: Element> Backend for CudaDevice<T> {
         element::embed(self, table, step, y)
     }
 
+    fn order(&self, order: &[u32]) -> Result<CudaOrder, KernelError> {
+        CudaOrder::new(self, order)
+    }
+
+    fn reorder(&self, order: &CudaOrder, y: MatMut<'_, Self>) -> Result<(), KernelError> {
+        order::reorder(self, order, y)
+    }
+
     fn rms_norm(
         &self,
         x: MatRef<'_, Self>,
         weight: CudaRef<'_, T>,
         eps: f32,
+        order: Option<&CudaOrder>,
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError> {
-        element::rms_norm(self, x, weight, eps, y)
+        element::rms_norm(self, x, weight, eps, order, y)
     }
 
     fn add_rms_norm(
@@ -115,9 +127,10 @@ impl<T: Element> Backend for CudaDevice<T> {
         delta: MatRef<'_, Self>,
         weight: CudaRef<'_, T>,
         eps: f32,
+        order: Option<&CudaOrder>,
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError> {
-        element::add_rms_norm(self, residual, delta, weight, eps, y)
+        element::add_rms_norm(self, residual, delta, weight, eps, order, y)
     }
 
     fn add(&self, x: MatRef<'_, Self>, y: MatMut<'_, Self>) -> Result<(), KernelError> {
@@ -161,14 +174,31 @@ impl<T: Element> Backend for CudaDevice<T> {
         rope: &CudaRope,
         mut qkv: MatMut<'_, Self>,
         store: &mut CudaKvStore<T>,
-        y: MatMut<'_, Self>,
+        order: Option<&CudaOrder>,
+        mut y: MatMut<'_, Self>,
         workspace: &mut Workspace<Self>,
     ) -> Result<(), KernelError> {
         if attention::decodes(self, step, shape) {
-            return attention::decode(self, layer, shape, step, rope, store, qkv.as_ref(), y, workspace);
+            return attention::decode(
+                self,
+                layer,
+                shape,
+                step,
+                rope,
+                store,
+                qkv.as_ref(),
+                order,
+                y,
+                workspace,
+            );
         }
         attention::rope_append(self, layer, shape, step, rope, qkv.reborrow(), store)?;
-        attention::prefill(self, layer, shape, step, store, qkv.as_ref(), y)
+        attention::prefill(self, layer, shape, step, store, qkv.as_ref(), y.reborrow())?;
+        // Lanes have pairs of columns, which one by one would go to as many sectors.
+        match order {
+            Some(order) => self.reorder(order, y),
+            None => Ok(()),
+        }
     }
 
     fn silu_mul(&self, x: MatRef<'_, Self>, y: MatMut<'_, Self>) -> Result<(), KernelError> {

@@ -472,7 +472,7 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
             let into = CudaDevice::reborrow(&mut scratch).on(y.stream());
             let normed = MatMut::with_stride(into, all.rows, columns, all.stride)?;
             let weight = CudaDevice::slice(&norm.weight, 0..columns);
-            norm.device.rms_norm(x, weight, norm.eps, normed)?;
+            norm.device.rms_norm(x, weight, norm.eps, None, normed)?;
         }
         let into = Rows { address: y.address(), rows: all.rows, columns: y_columns, stride: y_stride };
         if self.gemv.gather.bytes() == 0 && all.vectors::<T>() {

@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 use gptq_kernels::{Backend, Draw, DrawnToken, Epilogue, KernelError, Linear, MatRef, Workspace};
 use ndarray::Array2;
 
-use super::{DecoderLayer, Llama};
+use super::{DecoderLayer, Llama, norm::OrderedNorm};
 use crate::{
     KvCache, LlamaError, SequenceId,
     buffers::{mat, mat_mut},
@@ -77,11 +77,6 @@ impl<D: Backend> Stopwatch<'_, D> {
         }
         Ok(())
     }
-}
-
-/// A whole buffer.
-fn all<D: Backend>(buffer: &D::Buffer) -> D::Slice<'_> {
-    D::slice(buffer, 0..D::buffer_len(buffer))
 }
 
 impl<D: Backend> Llama<D> {
@@ -188,7 +183,8 @@ impl<D: Backend> Pass<'_, D> {
             }
             let width = shape.out_features();
             let y = mat_mut(&mut stream.attention, rows, width)?;
-            device.attend(i, shape, step, rope, x, self.store, y, &mut block.workspace)?;
+            let order = layer.attention_order.as_ref();
+            device.attend(i, shape, step, rope, x, self.store, order, y, &mut block.workspace)?;
             watch.lap(|t| &mut t.attention)?;
             // After the last attention only the rows that give logits matter. Rows of outputs rise, so that as many outputs
             // as rows are all of them.
@@ -220,22 +216,22 @@ impl<D: Backend> Pass<'_, D> {
 }
 
 impl<D: Backend> Llama<D> {
-    /// `block.norm = norm(hidden)`, after what waits has been added.
+    /// `block.norm = norm(hidden)`, in the order of the layers behind it, after what waits has been added.
     fn normalise(
         &self,
         residual: Residual,
-        weight: &D::Buffer,
+        norm: &OrderedNorm<D>,
         stream: &mut Stream<D>,
         block: &mut Block<D>,
         rows: usize,
     ) -> Result<(), KernelError> {
-        let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps);
-        let (weight, y) = (all::<D>(weight), mat_mut(&mut block.norm, rows, hidden)?);
+        let (device, hidden) = (&self.device, self.config.hidden_size);
+        let y = mat_mut(&mut block.norm, rows, hidden)?;
         match residual {
-            Residual::Added => self.device.rms_norm(mat(&stream.hidden, rows, hidden)?, weight, eps, y),
+            Residual::Added => norm.forward(device, mat(&stream.hidden, rows, hidden)?, y),
             Residual::Waiting => {
                 let x = mat_mut(&mut stream.hidden, rows, hidden)?;
-                self.device.add_rms_norm(x, mat(&block.delta, rows, hidden)?, weight, eps, y)
+                norm.add_and_forward(device, x, mat(&block.delta, rows, hidden)?, y)
             }
         }
     }

@@ -6,22 +6,23 @@ use std::{
     },
 };
 
-use gptq_format::Checkpoint;
+use gptq_format::{Checkpoint, PackedLinear};
 use gptq_kernels::{AttentionShape, Backend, CostTable, Epilogue, Fusion, KernelError, Selector, Workload};
 use rayon::prelude::*;
 
-use super::{DecoderLayer, Llama, capacity};
+use super::{DecoderLayer, Llama, capacity, norm::OrderedNorm};
 use crate::{
     Layer, LlamaConfig, LlamaError, Precision, WeightSource,
     generate::PREFILL,
     names::{self, Module},
-    projections::Preparation,
+    projections::{Preparation, Projections},
     weights::{LinearName, LinearWeight, read_linear, read_tensor},
 };
 
 /// Weights of the decoder layers that are on their way from the source to the device at a time: 128 MB of them at 4 bits,
 /// and not less than one layer, whose linear layers are loaded side by side. A layer is read, joined with those beside it and
-/// repacked, so that this takes two to three times its size on the host, and more where an allocator keeps what is freed.
+/// repacked, so that this takes two to three times its size on the host, one time more if it is act-ordered, and more where an
+/// allocator keeps what is freed.
 const ON_THE_WAY: usize = 1 << 28;
 
 /// How a model is made ready to run.
@@ -118,6 +119,7 @@ impl<D: Backend> Llama<D> {
             kernels: &kernels,
             kernel: options.kernel.as_deref(),
             precision: options.precision,
+            in_order: true,
             selector: match &costs {
                 Some(costs) => selector.costs(costs),
                 None => selector,
@@ -142,7 +144,7 @@ fn next_id() -> u64 {
 struct Parts<D: Backend> {
     embedding: D::Embedding,
     lm_head: Box<dyn gptq_kernels::Linear<D>>,
-    norm: D::Buffer,
+    norm: OrderedNorm<D>,
     layers: Vec<DecoderLayer<D>>,
 }
 
@@ -168,7 +170,8 @@ fn parts<D: Backend>(
     };
     let embedding = device.embedding(&table.as_dense(None))?;
     drop(table);
-    let norm = load_norm(device, source, names::FINAL_NORM, hidden)?;
+    let shape = (hidden, config.rms_norm_eps);
+    let norm = OrderedNorm::load(device, source, names::FINAL_NORM, shape, lm_head.input_order())?;
     let layers = load_layers(config, source, device, prepare)?;
     Ok(Parts { embedding, lm_head, norm, layers })
 }
@@ -216,31 +219,63 @@ fn load_layer<D: Backend>(
     let read_all = |modules: &[Module]| -> Result<Vec<_>, LlamaError> {
         modules.par_iter().map(|&module| read(module)).collect()
     };
-    let norm = |name| {
-        load_norm(device, source, &format!("{}{name}", names::layer_prefix(layer)), config.hidden_size)
+    let norm = |name, order: Option<&[u32]>| {
+        let name = format!("{}{name}", names::layer_prefix(layer));
+        OrderedNorm::load(device, source, &name, (config.hidden_size, config.rms_norm_eps), order)
     };
     // Reading is copying out of a map, as a rule, and takes as long as repacking.
     let qkv = || prepare.fused_projections(read_all(&[Module::Q, Module::K, Module::V])?, Fusion::default());
-    let gate_up =
-        || prepare.fused_projections(read_all(&[Module::Gate, Module::Up])?, Epilogue::SiluMul.into());
-    // These end in an addition to the residual stream.
-    let added = |module| {
-        let (name, weight) = read(module)?;
+    // This ends in an addition to the residual stream.
+    let o = || {
+        let (name, weight) = read(Module::O)?;
         prepare.fused(&name, &weight, Epilogue::Add.into())
     };
-    let ((qkv, o), (gate_up, down)) = rayon::join(
-        || rayon::join(qkv, || added(Module::O)),
-        || rayon::join(gate_up, || added(Module::Down)),
-    );
+    let mlp = || {
+        let (gate_up, down) = rayon::join(|| read_all(&[Module::Gate, Module::Up]), || read(Module::Down));
+        load_mlp(prepare, gate_up?, down?)
+    };
+    let ((qkv, o), mlp) = rayon::join(|| rayon::join(qkv, o), mlp);
+    let (qkv, o, (gate_up, down)) = (qkv?, o?, mlp?);
     Ok(DecoderLayer {
         attention: attention_shape(config, layer),
-        input_norm: norm(names::INPUT_NORM)?,
-        qkv: qkv?,
-        o: o?,
-        post_norm: norm(names::POST_NORM)?,
-        gate_up: gate_up?,
-        down: down?,
+        input_norm: norm(names::INPUT_NORM, qkv.input_order())?,
+        qkv,
+        attention_order: o.input_order().map(|order| device.order(order)).transpose()?,
+        o,
+        post_norm: norm(names::POST_NORM, gate_up.input_order())?,
+        gate_up,
+        down,
     })
+}
+
+/// Gate and up side by side, and down, whose input they write: in its order, if they can.
+type Mlp<D> = (Projections<D>, Box<dyn gptq_kernels::Linear<D>>);
+
+fn load_mlp<D: Backend>(
+    prepare: &Preparation<'_, D>,
+    gate_up: Vec<(LinearName, LinearWeight<'_>)>,
+    (name, weight): (LinearName, LinearWeight<'_>),
+) -> Result<Mlp<D>, LlamaError> {
+    let prepare_gate_up = |layers| prepare.fused_projections(layers, Epilogue::SiluMul.into());
+    // This ends in an addition to the residual stream.
+    let prepare_down = |prepare: &Preparation<'_, D>| prepare.fused(&name, &weight, Epilogue::Add.into());
+    let movable = gate_up.iter().all(|(_, weight)| weight.packed().is_some());
+    if !(movable && weight.packed().is_some_and(PackedLinear::is_act_order)) {
+        let (gate_up, down) = rayon::join(|| prepare_gate_up(gate_up), || prepare_down(&prepare.as_it_is()));
+        return Ok((gate_up?, down?));
+    }
+    let down = prepare_down(prepare)?;
+    let gate_up = match down.input_order() {
+        Some(order) => gate_up
+            .into_par_iter()
+            .map(|(name, weight)| {
+                let weight = weight.with_output_order(&name, order)?;
+                Ok((name, weight))
+            })
+            .collect::<Result<_, LlamaError>>()?,
+        None => gate_up,
+    };
+    Ok((prepare_gate_up(gate_up)?, down))
 }
 
 pub(crate) fn attention_shape(config: &LlamaConfig, layer: usize) -> AttentionShape {

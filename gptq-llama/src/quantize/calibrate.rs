@@ -307,7 +307,7 @@ impl<'a, D: QuantizeBackend> Calibration<'a, D> {
         let weight = D::slice(weight, 0..hidden);
         let buffer = stream.hidden.take(self.device, row)?;
         let y = mat_mut(&mut self.norm, tokens, hidden)?;
-        self.device.rms_norm(mat(&buffer, tokens, hidden)?, weight, self.config.rms_norm_eps, y)?;
+        self.device.rms_norm(mat(&buffer, tokens, hidden)?, weight, self.config.rms_norm_eps, None, y)?;
         stream.hidden.put_unchanged(self.device, row, buffer)
     }
 

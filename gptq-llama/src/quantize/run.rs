@@ -53,7 +53,13 @@ pub(super) fn quantize<D: QuantizeBackend>(
     let kernels = device.kernels();
     // Activations in half precision are what a GPU has; where there is more, weights are all that is measured.
     let precision = if D::ELEMENT == DenseType::F32 { Precision::Float32 } else { Precision::Fast };
-    let preparation = Preparation { kernels: &kernels, kernel: None, precision, selector: Selector::new() };
+    let preparation = Preparation {
+        kernels: &kernels,
+        kernel: None,
+        precision,
+        in_order: false,
+        selector: Selector::new(),
+    };
     let quantizers = Quantizers::new(device, &plan, config)?;
     let mut run = Run {
         device,

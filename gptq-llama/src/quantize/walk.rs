@@ -62,8 +62,13 @@ impl<D: QuantizeBackend> Walk<'_, D> {
         let kernels = self.device.kernels();
         // As when quantising: activations in half precision are what a GPU has.
         let precision = if D::ELEMENT == DenseType::F32 { Precision::Float32 } else { Precision::Fast };
-        let preparation =
-            Preparation { kernels: &kernels, kernel: None, precision, selector: Selector::new() };
+        let preparation = Preparation {
+            kernels: &kernels,
+            kernel: None,
+            precision,
+            in_order: false,
+            selector: Selector::new(),
+        };
         let budget =
             Budget { bytes: self.activation_bytes, device: None, spill: None, element: element_bytes::<D>() };
         let streams = 1 + usize::from(self.reference.is_some());

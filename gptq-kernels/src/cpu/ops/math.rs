@@ -59,8 +59,13 @@ fn sum_of_squares<I: MulAdd>(x: &[f32]) -> f32 {
 }
 
 #[inline(always)]
+fn rms_scale_body<I: MulAdd>(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum_of_squares::<I>(x) / x.len() as f32 + eps).sqrt()
+}
+
+#[inline(always)]
 fn rms_norm_body<I: MulAdd>(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
-    let scale = 1.0 / (sum_of_squares::<I>(x) / x.len() as f32 + eps).sqrt();
+    let scale = rms_scale_body::<I>(x, eps);
     for ((y, &x), &w) in y.iter_mut().zip(x).zip(weight) {
         *y = (x * scale) * w;
     }
@@ -121,6 +126,10 @@ pub(super) fn softmax_numerators<I: MulAdd>(scores: &mut [f32]) -> f32 {
     sum_lanes(lanes)
 }
 
+multiversion! {
+    /// What [`rms_norm`] multiplies `x` by, before the weight.
+    pub(super) fn rms_scale = rms_scale_body(x: &[f32], eps: f32) -> f32
+}
 multiversion! {
     /// `y = x / rms(x) * weight`
     pub(super) fn rms_norm = rms_norm_body(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32])

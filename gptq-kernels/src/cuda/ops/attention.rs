@@ -1,5 +1,5 @@
 use super::{
-    CudaKvStore, CudaRope, CudaStep, expect_below, expect_shape,
+    CudaKvStore, CudaOrder, CudaRope, CudaStep, expect_below, expect_shape,
     functions::AttentionKernels,
     split::{Decoding, QUERIES, Split},
     step::{CHUNK_PAGES, PAGE_LEN, TICKETS},
@@ -51,6 +51,7 @@ struct AttentionArgs {
     tiles: u64,
     cos: u64,
     sin: u64,
+    places: u64,
     partials: u64,
     tickets: u64,
     stride: u64,
@@ -206,6 +207,7 @@ fn args<T: Element>(
         tiles: step.tiles(),
         cos: 0,
         sin: 0,
+        places: 0,
         partials: 0,
         tickets: step.tickets(),
         stride: qkv.row_stride() as u64,
@@ -262,6 +264,7 @@ pub(super) fn decode<T: Element>(
     rope: &CudaRope,
     store: &mut CudaKvStore<T>,
     qkv: MatRef<'_, CudaDevice<T>>,
+    order: Option<&CudaOrder>,
     y: MatMut<'_, CudaDevice<T>>,
     workspace: &mut Workspace<CudaDevice<T>>,
 ) -> Result<(), KernelError> {
@@ -271,6 +274,9 @@ pub(super) fn decode<T: Element>(
     if step.rows() == 0 {
         return Ok(());
     }
+    if let Some(order) = order {
+        order.check(shape.out_features())?;
+    }
     let unfit = KernelError::Argument { what: "rows", got: step.rows(), limit: MOST_BLOCKS + 1 };
     let (kernels, split) = decoding(device, step, shape).ok_or(unfit)?;
     let partials = workspace.take(workspace_len(device, step, shape))?;
@@ -278,13 +284,14 @@ pub(super) fn decode<T: Element>(
     let y = y.into_data();
     let mut args = args(layer, shape, step, store, &qkv, y.address(), y_stride);
     (args.cos, args.sin, args.chunks) = (rope.cos(), rope.sin(), chunks(step, shape) as u32);
+    args.places = order.map_or(0, CudaOrder::places);
     (args.kept, args.stages) = (split.kept as u32, split.stages as u32);
     args.partials = if CudaDevice::<T>::len_mut(&partials) > 0 { partials.address() } else { 0 };
     let grid = (split.blocks as u32, (step.rows() * parts(shape)) as u32);
     let cluster = if split.kept > 0 { grid.0 } else { 1 };
     let launch = Launch { cluster, ..device.shape(grid, THREADS, split.shared) };
     // SAFETY: as in `prefill`; besides, `rope` has all positions, the partial sums have room for every chunk and the step's
-    // tickets for every row; shared memory is as `Split` says. Keys and values of earlier steps and the step are read ahead of the wait: no kernel of this
+    // tickets for every row; the places are columns of y; shared memory is as `Split` says. Keys and values of earlier steps and the step are read ahead of the wait: no kernel of this
     // step writes them, and its first waits for everything before.
     unsafe { kernels.decode.launch("attention_decode", launch, y.stream(), &mut args) }
 }

@@ -3,7 +3,7 @@
 use std::sync::PoisonError;
 
 use super::{
-    CudaEmbedding, CudaStep,
+    CudaEmbedding, CudaOrder, CudaStep,
     drawn::NONE,
     expect_shape,
     step::{DRAWN, Draws},
@@ -17,23 +17,23 @@ type Read<'a, T> = MatRef<'a, CudaDevice<T>>;
 type Write<'a, T> = MatMut<'a, CudaDevice<T>>;
 
 /// Threads of the row kernels, as in `ops.cu`.
-const NORM_THREADS: u32 = 512;
+pub(super) const NORM_THREADS: u32 = 512;
 const ELEMENT_THREADS: u32 = 256;
 const DRAW_THREADS: u32 = 1024;
 
 /// Whether all of these addresses, and strides in elements, allow vectors of 16 bytes.
-fn vectors(addresses: &[u64], strides: &[usize]) -> u32 {
+pub(super) fn vectors(addresses: &[u64], strides: &[usize]) -> u32 {
     let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
     u32::from(aligned && strides.iter().all(|stride| stride.is_multiple_of(8)))
 }
 
 /// The stride of a matrix; that of a single row is of no use and may be anything.
-fn stride(rows: usize, stride: usize) -> usize {
+pub(super) fn stride(rows: usize, stride: usize) -> usize {
     if rows > 1 { stride } else { 0 }
 }
 
 /// Blocks along x: one for each row.
-fn rows_grid(rows: usize) -> Result<u32, KernelError> {
+pub(super) fn rows_grid(rows: usize) -> Result<u32, KernelError> {
     let limit = i32::MAX as usize;
     super::expect_below("rows", rows, limit)?;
     Ok(rows as u32)
@@ -92,6 +92,7 @@ struct NormArgs {
     x: u64,
     delta: u64,
     weight: u64,
+    order: u64,
     y: u64,
     x_stride: u64,
     delta_stride: u64,
@@ -109,6 +110,7 @@ fn norm<T: Element>(
     delta: (u64, usize),
     weight: CudaRef<'_, T>,
     eps: f32,
+    order: Option<&CudaOrder>,
     y: Write<'_, T>,
 ) -> Result<(), KernelError> {
     let (rows, cols) = (y.rows(), y.cols());
@@ -122,6 +124,7 @@ fn norm<T: Element>(
         x: x.0,
         delta: delta.0,
         weight: weight.address(),
+        order: order.map_or(0, CudaOrder::address),
         y: y.address(),
         x_stride: x_stride as u64,
         delta_stride: delta_stride as u64,
@@ -130,9 +133,11 @@ fn norm<T: Element>(
         vectors: vectors(&[x.0, delta.0, weight.address(), y.address()], &[x_stride, delta_stride, y_stride]),
         eps,
     };
-    let launch = device.shape((rows_grid(rows)?, 1), NORM_THREADS, 0);
-    // SAFETY: `NormArgs` field by field; the callers have compared all shapes, and borrow what the addresses are of. The
-    // weight is read ahead of the wait: no kernel writes it.
+    let shared = order.map_or(0, CudaOrder::row_bytes::<T>);
+    let launch = device.shape((rows_grid(rows)?, 1), NORM_THREADS, shared);
+    // SAFETY: `NormArgs` field by field; the callers have compared all shapes, and borrow what the addresses are of; an order
+    // has only columns of x, and then shared memory holds a row. Weight and order are read ahead of the wait: no kernel
+    // writes them.
     unsafe { function.launch(name, launch, y.stream(), &mut args) }
 }
 
@@ -141,12 +146,20 @@ pub(super) fn rms_norm<T: Element>(
     x: Read<'_, T>,
     weight: CudaRef<'_, T>,
     eps: f32,
+    order: Option<&CudaOrder>,
     y: Write<'_, T>,
 ) -> Result<(), KernelError> {
     expect_shape("weight", (1, CudaDevice::<T>::len(&weight)), (1, x.cols()))?;
     expect_shape("y", (y.rows(), y.cols()), (x.rows(), x.cols()))?;
-    let function = ("rms_norm", &device.row_kernels()?.rms_norm);
-    norm(device, function, (x.data().address(), x.row_stride()), (0, 0), weight, eps, y)
+    let kernels = device.row_kernels()?;
+    let function = match order {
+        Some(order) => {
+            order.check(x.cols())?;
+            ("rms_norm_ordered", &kernels.rms_norm_ordered)
+        }
+        None => ("rms_norm", &kernels.rms_norm),
+    };
+    norm(device, function, (x.data().address(), x.row_stride()), (0, 0), weight, eps, order, y)
 }
 
 pub(super) fn add_rms_norm<T: Element>(
@@ -155,17 +168,25 @@ pub(super) fn add_rms_norm<T: Element>(
     delta: Read<'_, T>,
     weight: CudaRef<'_, T>,
     eps: f32,
+    order: Option<&CudaOrder>,
     y: Write<'_, T>,
 ) -> Result<(), KernelError> {
     let shape = (delta.rows(), delta.cols());
     expect_shape("weight", (1, CudaDevice::<T>::len(&weight)), (1, shape.1))?;
     expect_shape("residual", (residual.rows(), residual.cols()), shape)?;
     expect_shape("y", (y.rows(), y.cols()), shape)?;
-    let function = ("add_rms_norm", &device.row_kernels()?.add_rms_norm);
+    let kernels = device.row_kernels()?;
+    let function = match order {
+        Some(order) => {
+            order.check(shape.1)?;
+            ("add_rms_norm_ordered", &kernels.add_rms_norm_ordered)
+        }
+        None => ("add_rms_norm", &kernels.add_rms_norm),
+    };
     let x_stride = residual.row_stride();
     let x = residual.into_data();
     let delta = (delta.data().address(), delta.row_stride());
-    norm(device, function, (x.address(), x_stride), delta, weight, eps, y)
+    norm(device, function, (x.address(), x_stride), delta, weight, eps, order, y)
 }
 
 /// `ElementArgs` of `ops.cu`.

@@ -31,6 +31,9 @@ pub(super) struct RowKernels {
     pub(super) embed: Function,
     pub(super) rms_norm: Function,
     pub(super) add_rms_norm: Function,
+    pub(super) rms_norm_ordered: Function,
+    pub(super) add_rms_norm_ordered: Function,
+    pub(super) reorder: Function,
     pub(super) add: Function,
     pub(super) silu_mul: Function,
     pub(super) gather: Function,
@@ -78,10 +81,14 @@ impl<T: Element> CudaDevice<T> {
         get_or_load(&self.operations().rows, || {
             let image = self.image(&format!("ops-{}", T::NAME))?;
             let load = |entry| self.images().function(&image, entry, 0);
+            let load_for_rows = |entry| self.images().function(&image, entry, self.row_memory());
             Ok(RowKernels {
                 embed: load("embed")?,
                 rms_norm: load("rms_norm")?,
                 add_rms_norm: load("add_rms_norm")?,
+                rms_norm_ordered: load_for_rows("rms_norm_ordered")?,
+                add_rms_norm_ordered: load_for_rows("add_rms_norm_ordered")?,
+                reorder: load_for_rows("reorder")?,
                 add: load("add")?,
                 silu_mul: load("silu_mul")?,
                 gather: load("gather")?,
@@ -116,6 +123,11 @@ impl<T: Element> CudaDevice<T> {
                 decode: self.images().function(&image, "attention_decode", self.decode_memory())?,
             })
         })
+    }
+
+    /// Shared memory for a row that changes its order, besides the little that such a block has of its own.
+    pub(super) fn row_memory(&self) -> usize {
+        self.shared_memory().saturating_sub(256)
     }
 
     /// Shared memory that a block of the decoding kernel can have besides the little of its own.
