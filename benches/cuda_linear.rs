@@ -46,15 +46,24 @@ struct Kind {
     bits: Bits,
     sym: bool,
     act_order: bool,
+    /// Whether x comes in the layer's order.
+    in_order: bool,
     epilogue: Epilogue,
 }
 
-const SYM: Kind =
-    Kind { name: "sym", bits: Bits::B4, sym: true, act_order: false, epilogue: Epilogue::Store };
-const KINDS: [Kind; 4] = [
+const SYM: Kind = Kind {
+    name: "sym",
+    bits: Bits::B4,
+    sym: true,
+    act_order: false,
+    in_order: false,
+    epilogue: Epilogue::Store,
+};
+const KINDS: [Kind; 5] = [
     SYM,
     Kind { name: "asym", sym: false, ..SYM },
     Kind { name: "act", act_order: true, ..SYM },
+    Kind { name: "in-order", act_order: true, in_order: true, ..SYM },
     Kind { name: "sym8", bits: Bits::B8, ..SYM },
 ];
 
@@ -118,6 +127,11 @@ fn measure<T: Element>(
     let (mut x, mut y) = (device.alloc(rows * k).unwrap(), device.alloc(rows * n).unwrap());
     device.upload(&x_host, CudaDevice::slice_mut(&mut x, 0..rows * k)).unwrap();
     device.download(CudaDevice::slice(&x, 0..rows * k), &mut x_host).unwrap();
+    if let Some(order) = layers[0].input_order() {
+        let moved = x_host.chunks(k).flat_map(|row| order.iter().map(|&column| row[column as usize]));
+        let moved: Vec<f32> = moved.collect();
+        device.upload(&moved, CudaDevice::slice_mut(&mut x, 0..rows * k)).unwrap();
+    }
     let mut workspace = Workspace::new(device, layers[0].workspace_len(rows)).unwrap();
     let stream = device.stream();
     stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
@@ -215,7 +229,10 @@ fn table<T: Element>(dtype: &str, tsv: bool, costs: Option<&str>, names: &[Strin
             if !named {
                 continue;
             }
-            let prepare = || kernel.prepare_fused(&packed, &kind.epilogue.into());
+            let prepare = || match kind.in_order {
+                true => kernel.prepare_in_order(&packed, &kind.epilogue.into()),
+                false => kernel.prepare_fused(&packed, &kind.epilogue.into()),
+            };
             let first = match prepare() {
                 Ok(first) => first,
                 Err(KernelError::Unsupported { .. }) => continue,

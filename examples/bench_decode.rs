@@ -50,8 +50,11 @@ struct Args {
     /// Weights of the layers
     #[arg(long, value_enum, default_value_t = Dtype::Int4)]
     dtype: Dtype,
+    /// Random groups in int4 layers, as desc_act makes them, instead of one after the other
+    #[arg(long)]
+    desc_act: bool,
     /// Load this folder instead of making weights
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["shape", "dtype", "lm_head", "write"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["shape", "dtype", "desc_act", "lm_head", "write"])]
     model: Option<PathBuf>,
     /// Write the random model to this folder, and measure nothing
     #[arg(long, value_name = "DIR")]
@@ -151,7 +154,7 @@ impl Args {
             None if !on_gpu && self.dtype == Dtype::Int4 => Weights::Int4,
             _ => dense,
         };
-        RandomModel::new(config, layers, head, dense)
+        RandomModel::new(config, layers, head, dense).with_act_order(self.desc_act)
     }
 }
 
@@ -200,6 +203,10 @@ impl Args {
     fn explain<D: Backend>(&self, model: &Llama<D>, options: &LoadOptions) -> Result<(), Failure> {
         let weights: usize =
             model.linears().map(|linear| linear.spec().in_features * linear.spec().out_features).sum();
+        let in_order = model.linears().filter(|linear| linear.input_order().is_some()).count();
+        if in_order > 0 {
+            println!("act-order       {in_order} layers take their input in their own order");
+        }
         println!("linear weights  {:.3} billion", weights as f64 / 1e9);
         println!("weights read    {:.1} MB a token", model.weight_bytes() as f64 / 1e6);
         let mut kernels: BTreeMap<String, (usize, &LinearSpec)> = BTreeMap::new();

@@ -18,11 +18,12 @@ pub fn write(
     model: &RandomModel,
 ) -> Result<WriteSummary, Failure> {
     let head = Layer::lm_head(config).to_string();
-    let quantized = model.packed(&Layer { layer: 0, module: Module::Q }.to_string())?.is_some();
-    let settings = quantized
-        .then(|| {
+    let first = model.packed(&Layer { layer: 0, module: Module::Q }.to_string())?;
+    let settings = first
+        .map(|first| {
             let quantized_head = model.packed(&head).map(|head| head.is_some());
-            let builder = QuantizeConfig::builder(Bits::B4, Some(GROUP)).sym(true);
+            let builder =
+                QuantizeConfig::builder(Bits::B4, Some(GROUP)).sym(true).desc_act(first.is_act_order());
             Ok::<_, Failure>(builder.lm_head(quantized_head?).build()?)
         })
         .transpose()?;
@@ -75,8 +76,9 @@ mod tests {
         let json = r#"{"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}"#;
         let config = LlamaConfig::from_json(json).unwrap();
-        for head in [Weights::Int4, Weights::F16] {
+        for (head, act_order) in [(Weights::Int4, false), (Weights::F16, false), (Weights::Int4, true)] {
             let model = RandomModel::new(config.clone(), Weights::Int4, head, Weights::F16);
+            let model = model.with_act_order(act_order);
             let dir = tempfile::tempdir().unwrap();
             let summary = write(dir.path(), json, &config, &model).unwrap();
             assert!(summary.tensor_bytes > 0);

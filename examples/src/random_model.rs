@@ -30,13 +30,40 @@ pub struct RandomModel {
     layers: Weights,
     head: Weights,
     dense: Weights,
+    act_order: bool,
 }
 
 impl RandomModel {
     /// A model of this shape: its decoder layers, its output projection, and embedding and norms, which are never int4.
     pub fn new(config: LlamaConfig, layers: Weights, head: Weights, dense: Weights) -> Self {
         let dense = if dense == Weights::Int4 { Weights::Bf16 } else { dense };
-        Self { config, layers, head, dense }
+        Self { config, layers, head, dense, act_order: false }
+    }
+
+    /// With the input features of int4 layers in random groups, as `desc_act` makes them: those of layers with the same input
+    /// are the same.
+    #[must_use]
+    pub fn with_act_order(mut self, act_order: bool) -> Self {
+        self.act_order = act_order;
+        self
+    }
+
+    /// Groups of a layer's input features.
+    fn g_idx(&self, module: &str, in_features: usize) -> Vec<u32> {
+        let mut g_idx: Vec<u32> = (0..in_features as u32).map(|i| i / GROUP as u32).collect();
+        if self.act_order {
+            let input = match module_of(module) {
+                Some(Module::Q | Module::K | Module::V) => "qkv",
+                Some(Module::Gate | Module::Up) => "gate and up",
+                _ => module,
+            };
+            let layer = module.rsplit_once('.').map_or("", |(layer, _)| layer);
+            let mut rng = Self::rng(&format!("order of {layer} {input}"));
+            for i in (1..in_features).rev() {
+                g_idx.swap(i, (rng.next_u64() % (i as u64 + 1)) as usize);
+            }
+        }
+        g_idx
     }
 
     /// A seed of each tensor's own, whatever the order of loading (FNV-1a of the name).
@@ -60,7 +87,7 @@ impl RandomModel {
         Tensor { shape: shape.to_vec(), data }
     }
 
-    fn int4(name: &str, in_features: usize, out_features: usize) -> Result<PackedLinear, LlamaError> {
+    fn int4(&self, name: &str, in_features: usize, out_features: usize) -> Result<PackedLinear, LlamaError> {
         let first = Self::rng(name).next_u64();
         let words = Bits::B4.words(in_features) * out_features;
         let mut qweight = vec![0; words];
@@ -85,7 +112,7 @@ impl RandomModel {
             qweight,
             qzeros: vec![0x8888_8888; groups * zeros],
             scales: vec![scale; groups * out_features],
-            g_idx: (0..in_features as u32).map(|i| i / GROUP as u32).collect(),
+            g_idx: self.g_idx(name, in_features),
             bias: None,
         })
         .map_err(|source| LlamaError::Pack { tensor: name.to_owned(), source })
@@ -151,7 +178,7 @@ impl WeightSource for RandomModel {
             Some(found) => (self.layers, found.shape(&self.config)),
             None => return Ok(None),
         };
-        (weights == Weights::Int4).then(|| Self::int4(module, inputs, outputs)).transpose()
+        (weights == Weights::Int4).then(|| self.int4(module, inputs, outputs)).transpose()
     }
 }
 
@@ -177,15 +204,28 @@ mod tests {
 
     #[test]
     fn weights_have_the_variance_they_should() {
-        let layer = RandomModel::int4("a", 512, 64).unwrap();
-        let weight = layer.dequantize();
+        let config = LlamaConfig::from_json(
+            r#"{"model_type": "llama", "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 1,
+                "num_attention_heads": 4, "vocab_size": 64}"#,
+        )
+        .unwrap();
+        let model = RandomModel::new(config, Weights::Int4, Weights::Int4, Weights::F16);
+        let layer = |name| model.int4(name, 512, 64).unwrap();
+        let weight = layer("a").dequantize();
         let mean = weight.iter().map(|w| f64::from(w * w)).sum::<f64>() / weight.len() as f64;
         // 32768 squares; their relative deviation is below 1, so five standard errors are 3 %, and fp16 adds 0.1 %.
         assert!((mean * 512.0 - 1.0).abs() < 0.03, "{mean}");
         // And five of the mean, in units of a weight's deviation.
         let mean = weight.iter().map(|&w| f64::from(w)).sum::<f64>() / weight.len() as f64;
         assert!((mean * 512f64.sqrt()).abs() < 0.03, "{mean}");
-        assert_eq!(weight, RandomModel::int4("a", 512, 64).unwrap().dequantize());
-        assert_ne!(weight, RandomModel::int4("b", 512, 64).unwrap().dequantize());
+        assert_eq!(weight, layer("a").dequantize());
+        assert_ne!(weight, layer("b").dequantize());
+
+        let model = model.with_act_order(true);
+        let order = |name: &str| model.packed(name).unwrap().unwrap().group_order().unwrap();
+        let q = "model.layers.0.self_attn.q_proj";
+        assert_eq!(order(q), order(&q.replace('q', "v")));
+        assert_ne!(order(q), order(&q.replace('q', "o")));
+        assert_ne!(order(q), order(&q.replace("s.0", "s.1")));
     }
 }

@@ -55,6 +55,19 @@ fn whole_mut<D: Backend>(buffer: &mut D::Buffer, rows: usize, cols: usize) -> Ma
     MatMut::new(D::slice_mut(buffer, 0..rows * cols), rows, cols).unwrap()
 }
 
+/// `0..len` in an order that looks random.
+fn shuffled(len: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..len as u32).collect();
+    order.sort_by_key(|&i| i.wrapping_mul(0x9E37_79B1));
+    order
+}
+
+/// Columns `order[0], order[1], ..` of a matrix.
+fn reordered(x: &[f32], order: &[u32]) -> Vec<f32> {
+    let rows = x.chunks_exact(order.len());
+    rows.flat_map(|row| order.iter().map(|&column| row[column as usize])).collect()
+}
+
 /// Rows and columns: no vectors, one thread's worth, the widths of models, more than what registers hold.
 const SHAPES: [(usize, usize); 6] = [(1, 4096), (3, 20), (5, 257), (33, 1024), (2, 8192), (2, 20_000)];
 
@@ -100,7 +113,9 @@ fn norms<T: Element>() {
             .unwrap();
         let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| T::from_f32(a + b).to_f32()).collect();
         assert_eq!(download(&device, &residual), sum);
-        check("add_rms_norm", &sum, &download(&device, &y));
+        let added = download(&device, &y);
+        check("add_rms_norm", &sum, &added);
+        norms_in_order(&device, (&x, &delta, &weight), &sum, (&first, &added));
 
         // The same rows further apart, at an odd place, alone: the same bits.
         let (stride, offset) = (cols + 3, 1);
@@ -118,6 +133,55 @@ fn norms<T: Element>() {
             assert_eq!(download(&device, &one), first[r * cols..][..cols]);
         }
     }
+}
+
+/// The norms of `x` and of `sum = x + delta`, in another order: the same bits in other places.
+fn norms_in_order<T: Element>(
+    device: &CudaDevice<T>,
+    (x, delta, weight): (&[f32], &[f32], &[f32]),
+    sum: &[f32],
+    (normed, added): (&[f32], &[f32]),
+) {
+    let (cols, rows) = (weight.len(), x.len() / weight.len());
+    let columns = shuffled(cols);
+    let order = device.order(&columns).unwrap();
+    let weight = upload(device, &reordered(weight, &columns));
+    let weight = CudaDevice::<T>::slice(&weight, 0..cols);
+    let (mut x, delta) = (upload(device, x), upload(device, delta));
+    let mut y = upload(device, &vec![f32::NAN; rows * cols]);
+    let into = whole_mut(&mut y, rows, cols);
+    device.rms_norm(whole(&x, rows, cols), weight, 1e-5, Some(&order), into).unwrap();
+    assert_eq!(download(device, &y), reordered(normed, &columns), "{rows} x {cols}");
+
+    let (residual, into) = (whole_mut(&mut x, rows, cols), whole_mut(&mut y, rows, cols));
+    device.add_rms_norm(residual, whole(&delta, rows, cols), weight, 1e-5, Some(&order), into).unwrap();
+    assert_eq!(download(device, &x), sum);
+    assert_eq!(download(device, &y), reordered(added, &columns), "{rows} x {cols}");
+
+    device.reorder(&order, whole_mut(&mut x, rows, cols)).unwrap();
+    assert_eq!(download(device, &x), reordered(sum, &columns), "{rows} x {cols}");
+    // Rows that begin anywhere.
+    let (stride, offset) = (cols + 3, 1);
+    let mut apart = upload(device, &vec![0.25; offset + rows * stride]);
+    let slice = CudaDevice::<T>::slice_mut(&mut apart, offset..offset + rows * stride);
+    let into = MatMut::with_stride(slice, rows, cols, stride).unwrap();
+    let weight_only = whole(&delta, rows, cols);
+    device.rms_norm(weight_only, weight, 1e-5, Some(&order), into).unwrap();
+    let slice = CudaDevice::<T>::slice_mut(&mut apart, offset..offset + rows * stride);
+    device.reorder(&order, MatMut::with_stride(slice, rows, cols, stride).unwrap()).unwrap();
+    device.rms_norm(weight_only, weight, 1e-5, Some(&order), whole_mut(&mut y, rows, cols)).unwrap();
+    let (apart, y) = (download(device, &apart), reordered(&download(device, &y), &columns));
+    for r in 0..rows {
+        let (row, margin) = apart[offset + r * stride..][..stride].split_at(cols);
+        assert_eq!(row, &y[r * cols..][..cols]);
+        assert_eq!(margin, [0.25; 3]);
+    }
+
+    let wrong = device.order(&[0, 0]).err();
+    assert!(matches!(wrong, Some(KernelError::Argument { what: "column of an order", .. })));
+    let short = device.order(&[0]).unwrap();
+    let wrong = device.rms_norm(weight_only, weight, 1e-5, Some(&short), whole_mut(&mut x, rows, cols));
+    assert!(matches!(wrong, Err(KernelError::Shape { argument: "order", .. })));
 }
 
 fn elements<T: Element>() {
@@ -267,10 +331,19 @@ impl<T: Element> Fixture<T> {
         let mut qkv = upload(device, qkv);
         let mut y = upload(device, &vec![f32::NAN; rows * width]);
         let mut workspace = Workspace::new(device, device.attention_workspace_len(&step, shape)).unwrap();
+        let given = download(device, &qkv);
         let (x, out) = (whole_mut(&mut qkv, rows, cols), whole_mut(&mut y, rows, width));
         let (rope, store) = (&self.rope, &mut self.store);
         if at_once {
             device.attend(layer, shape, &step, rope, x, store, None, out, &mut workspace).unwrap();
+            // Once more, in another order: the same bits in other places.
+            let columns = shuffled(width);
+            let order = device.order(&columns).unwrap();
+            let (mut qkv, mut moved) =
+                (upload(device, &given), upload(device, &vec![f32::NAN; rows * width]));
+            let (x, out) = (whole_mut(&mut qkv, rows, cols), whole_mut(&mut moved, rows, width));
+            device.attend(layer, shape, &step, rope, x, store, Some(&order), out, &mut workspace).unwrap();
+            assert_eq!(download(device, &moved), reordered(&download(device, &y), &columns), "{shape:?}");
         } else {
             device.rope_append(layer, shape, &step, rope, x, store).unwrap();
             let x = whole(&qkv, rows, cols);

@@ -208,7 +208,7 @@ impl<T: Element> Running<T> {
 
     /// `y`, in poisoned memory, on `stream`.
     fn forward(&self) -> Result<Vec<f32>, KernelError> {
-        let (inputs, outputs) = (self.layer.spec().in_features, self.layer.spec().out_features);
+        let (inputs, outputs) = (self.layer.spec().in_features, self.layer.spec().y_features());
         let mut y = vec![f32::NAN; self.rows * outputs];
         let mut buffer = self.device.alloc(y.len())?;
         self.device.upload(&y, CudaDevice::slice_mut(&mut buffer, 0..y.len()))?;
@@ -291,6 +291,46 @@ fn long_tall_and_extreme_layers_are_exact_enough() {
             let worst = run.worst(kernel, packed, &run.forward().unwrap());
             assert!(worst <= 1.0, "{}, {layer:?}, {rows} rows: {worst} of the bound", kernel.name());
         });
+    }
+}
+
+/// An act-ordered layer whose x comes in its order runs as one that is not act-ordered, and computes what it does otherwise.
+#[test]
+fn layers_in_order_are_the_layers() {
+    in_order::<f16>(Epilogue::Store);
+    in_order::<bf16>(Epilogue::SiluMul);
+}
+
+fn in_order<T: Element>(epilogue: Epilogue) {
+    for layer in [Layer::new(4096, 256), Layer { group_size: 64, ..Layer::new(1000, 96) }] {
+        let mut ran = 0;
+        each::<T>(&Layer { act_order: true, ..layer }, |device, kernel, packed| {
+            let (inputs, mut random) = (packed.in_features(), Random(5));
+            let fusion = epilogue.into();
+            if kernel.supports(&LinearSpec::of(packed).fused(&fusion)).is_err() {
+                return;
+            }
+            for rows in [1, 3, 8, 16, 64, 300] {
+                let natural = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
+                let in_order = kernel.prepare_in_order(packed, &fusion).unwrap();
+                assert_eq!(in_order.spec(), &LinearSpec::of_in_order(packed).fused(&fusion));
+                let order = in_order.input_order().unwrap().to_vec();
+                let moved = |i: usize| natural.x_host[i / inputs * inputs + order[i % inputs] as usize];
+                let sorted = packed.with_input_order(&order).unwrap();
+                let mut plain = Running::new(device, kernel, &sorted, rows, moved).unwrap();
+                plain.layer = kernel.prepare_fused(&sorted, &fusion).unwrap();
+                let want = plain.forward().unwrap();
+                plain.layer = in_order;
+                let got = plain.forward().unwrap();
+                assert_eq!(got, want, "{}, {layer:?}, {rows} rows", kernel.name());
+                if epilogue == Epilogue::Store {
+                    let worst = natural.worst(kernel, packed, &got);
+                    assert!(worst <= 1.0, "{}, {layer:?}, {rows} rows: {worst} of the bound", kernel.name());
+                }
+                ran += 1;
+            }
+        });
+        println!("{layer:?}, {epilogue:?}: {ran} compared");
     }
 }
 

@@ -10,7 +10,7 @@
 use std::path::{Path, PathBuf};
 
 use gptq_format::{CheckpointFormat, TensorFile};
-use gptq_kernels::cpu::Cpu;
+use gptq_kernels::{WeightFormat, cpu::Cpu};
 use gptq_llama::{Feed, Llama, LoadOptions, Precision, Wanted};
 
 mod variations;
@@ -45,6 +45,19 @@ fn difference(name: &str) -> f32 {
     let dir = folder(name);
     let expected = TensorFile::open(dir.join("expected.safetensors")).unwrap();
     largest_difference(&logits(&dir, &expected), &expected.tensor("logits").unwrap().f32s().unwrap())
+}
+
+/// What norms, attention, gate and up write must be in the order that the layers behind them expect: the comparisons with
+/// other tools' logits go through that.
+#[test]
+fn act_ordered_layers_take_their_input_in_order() {
+    for (name, in_order) in [("g32_act", true), ("ag_desc_actTrue", true), ("g32_plain", false)] {
+        let model = Llama::load(&folder("compat").join(name), Cpu, &LoadOptions::default()).unwrap();
+        let packed =
+            model.linears().filter(|linear| matches!(linear.spec().weight, WeightFormat::Gptq { .. }));
+        let orders: Vec<bool> = packed.map(|linear| linear.input_order().is_some()).collect();
+        assert!(!orders.is_empty() && orders.iter().all(|&order| order == in_order), "{name}: {orders:?}");
+    }
 }
 
 /// Every folder of a group.

@@ -184,8 +184,20 @@ fn bundled_model_in_bf16() {
     bundled_model::<bf16>();
 }
 
+/// Groups of 64 inputs, one after the other or in an order.
+fn g_idx(inputs: usize, order: Option<u64>) -> Vec<u32> {
+    let mut g_idx: Vec<u32> = (0..inputs as u32).map(|i| i / 64).collect();
+    if let Some(order) = order {
+        let mut rng = Rng::new(order);
+        for i in (1..inputs).rev() {
+            g_idx.swap(i, (rng.next_u64() % (i as u64 + 1)) as usize);
+        }
+    }
+    g_idx
+}
+
 /// A small random model, all of whose linear layers have 4 bits.
-fn random_model(seed: u64, extra: &str) -> (LlamaConfig, MemoryWeights<'static>) {
+fn random_model(seed: u64, extra: &str, act_order: bool) -> (LlamaConfig, MemoryWeights<'static>) {
     let config = LlamaConfig::from_json(&format!(
         r#"{{"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
              "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256,
@@ -194,7 +206,7 @@ fn random_model(seed: u64, extra: &str) -> (LlamaConfig, MemoryWeights<'static>)
     .unwrap();
     let mut weights = MemoryWeights::random(&config, seed);
     let mut rng = Rng::new(seed);
-    let mut pack = |inputs: usize, outputs: usize, bias: bool| {
+    let mut pack = |inputs: usize, outputs: usize, bias: bool, order: u64| {
         let groups = inputs.div_ceil(64);
         let codes: Vec<u8> = (0..inputs * outputs).map(|_| (rng.next_u64() >> 60) as u8).collect();
         let biases: Vec<f32> = (0..outputs).map(|_| (rng.next_f64() as f32 - 0.5) / 4.0).collect();
@@ -206,7 +218,7 @@ fn random_model(seed: u64, extra: &str) -> (LlamaConfig, MemoryWeights<'static>)
             codes: &codes,
             zeros: &vec![8; groups * outputs],
             scales: &vec![1.0 / (21.5 * inputs as f32).sqrt(); groups * outputs],
-            g_idx: &(0..inputs as u32).map(|i| i / 64).collect::<Vec<_>>(),
+            g_idx: &g_idx(inputs, act_order.then_some(order)),
             bias: bias.then_some(biases.as_slice()),
         })
         .unwrap()
@@ -215,15 +227,28 @@ fn random_model(seed: u64, extra: &str) -> (LlamaConfig, MemoryWeights<'static>)
         for module in Module::ALL {
             let (inputs, outputs) = module.shape(&config);
             let bias = matches!(module, Module::Q | Module::K | Module::V);
-            weights.insert_packed(&Layer { layer, module }.to_string(), pack(inputs, outputs, bias));
+            // Layers with the same input have the same order.
+            let order = match module {
+                Module::Q | Module::K | Module::V => 1,
+                Module::Gate | Module::Up => 2,
+                _ => 3,
+            };
+            let packed = pack(inputs, outputs, bias, order + 10 * layer as u64);
+            weights.insert_packed(&Layer { layer, module }.to_string(), packed);
         }
     }
-    weights.insert_packed("lm_head", pack(config.hidden_size, config.vocab_size, false));
+    weights.insert_packed("lm_head", pack(config.hidden_size, config.vocab_size, false, 0));
     (config, weights)
 }
 
 fn load<T: Element>(device: &CudaDevice<T>, seed: u64, extra: &str) -> Llama<CudaDevice<T>> {
-    let (config, weights) = random_model(seed, extra);
+    load_model(device, random_model(seed, extra, false))
+}
+
+fn load_model<T: Element>(
+    device: &CudaDevice<T>,
+    (config, weights): (LlamaConfig, MemoryWeights<'static>),
+) -> Llama<CudaDevice<T>> {
     // A kernel with one class of rows, so that any batch gives the same bits.
     let names: Vec<_> = device.kernels().iter().map(|kernel| kernel.name()).collect();
     let kernel = ["cuda-gemv-sm90", "cuda-plain"].into_iter().find(|name| names.contains(name));
@@ -331,6 +356,32 @@ fn batches_change_no_bit_in_fp16() {
 #[test]
 fn batches_change_no_bit_in_bf16() {
     schedules::<bf16>(100);
+}
+
+/// Norms and attention write in the orders of the layers behind them, and outputs of gate and up are permuted: the model is
+/// the CPU's, and batches, parts of prompts and recorded steps change no bit.
+#[test]
+fn act_ordered_layers_take_their_input_in_order() {
+    fn run<T: Element>() {
+        let Some(device) = gpu::<T>() else { return };
+        for extra in ["", WINDOW] {
+            let (config, weights) = random_model(3, extra, true);
+            let model = load_model(&device, (config.clone(), random_model(3, extra, true).1));
+            assert!(model.linears().all(|linear| linear.input_order().is_some()));
+            let precise = LoadOptions::default().with_precision(Precision::Float32);
+            let cpu = Llama::from_source(config, &weights, Cpu, &precise).unwrap();
+            let tokens = tokens(&mut Rng::new(4), 150);
+            let error = relative_error(&logits(&model, &tokens), &logits(&cpu, &tokens));
+            println!("{}, act-ordered: {error:.2e}", T::NAME);
+            assert!(error <= tolerance::<T>(), "{error}");
+            let mut cache = model.cache(700).unwrap();
+            for seed in 0..20 {
+                schedule(&model, &mut cache, seed);
+            }
+        }
+    }
+    run::<f16>();
+    run::<bf16>();
 }
 
 /// Two loads of the same model, two runs each, recorded steps and the first ones: the same text and the same logits.
