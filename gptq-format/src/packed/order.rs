@@ -1,7 +1,7 @@
 //! The same layer with its features in another order.
 
 use super::{PackError, PackedLinear, check_length};
-use crate::bitstream::pack_stream;
+use crate::bitstream::{RUN, pack_stream};
 
 /// Output features that are moved at a time: rows of so many words stay in the first cache.
 const TILE: usize = 512;
@@ -28,36 +28,12 @@ impl PackedLinear {
     /// [`PackError::Length`] and [`PackError::Order`] unless `order` holds every input feature once.
     pub fn with_input_order(&self, order: &[u32]) -> Result<Self, PackError> {
         check_permutation(order, self.in_features)?;
-        let (bits, outputs) = (self.bits.get() as usize, self.out_features);
-        let mask = u32::from(self.bits.max_code());
         let mut qweight = vec![0; self.qweight.len()];
-        for first in (0..outputs).step_by(TILE) {
-            let tile = first..(first + TILE).min(outputs);
-            let row = |word: usize| word * outputs + tile.start..word * outputs + tile.end;
-            for (i, &feature) in order.iter().enumerate() {
-                let (from, to) = (feature as usize * bits, i * bits);
-                let (shift, place) = (from % 32, to % 32);
-                // A code that ends in the next word has its upper bits there.
-                let low = &self.qweight[row(from / 32)];
-                let high = if shift + bits > 32 { &self.qweight[row(from / 32 + 1)] } else { low };
-                let code = |(&low, &high): (&u32, &u32)| {
-                    ((u64::from(low) | u64::from(high) << 32) >> shift) as u32 & mask
-                };
-                let words = &mut qweight[row(to / 32)];
-                if shift + bits > 32 {
-                    let codes = low.iter().zip(high).map(code);
-                    words.iter_mut().zip(codes).for_each(|(word, code)| *word |= code << place);
-                } else {
-                    let codes = low.iter().map(|low| low >> shift & mask);
-                    words.iter_mut().zip(codes).for_each(|(word, code)| *word |= code << place);
-                }
-                if place + bits > 32 {
-                    let words = &mut qweight[row(to / 32 + 1)];
-                    let codes = low.iter().zip(high).map(code);
-                    words.iter_mut().zip(codes).for_each(|(word, code)| *word |= code >> (32 - place));
-                }
-            }
-        }
+        let run_words = self.bits.get() as usize * self.out_features;
+        for_each_chunk(&mut qweight, run_words, |run, words| {
+            let end = order.len().min((run + 1) * RUN);
+            self.gather_codes(&order[run * RUN..end], words);
+        });
         let g_idx = order.iter().map(|&feature| self.g_idx[feature as usize]).collect();
         let (qzeros, scales, bias) = (self.qzeros.clone(), self.scales.clone(), self.bias.clone());
         Ok(Self { qweight, qzeros, scales, g_idx, bias, ..self.shape_alone() })
@@ -69,9 +45,13 @@ impl PackedLinear {
     /// [`PackError::Length`] and [`PackError::Order`] unless `order` holds every output feature once.
     pub fn with_output_order(&self, order: &[u32]) -> Result<Self, PackError> {
         check_permutation(order, self.out_features)?;
-        fn moved<T: Copy>(rows: &[T], order: &[u32]) -> Vec<T> {
-            let rows = rows.chunks_exact(order.len());
-            rows.flat_map(|row| order.iter().map(|&feature| row[feature as usize])).collect()
+        fn moved<T: Copy + Default + Send + Sync>(rows: &[T], order: &[u32]) -> Vec<T> {
+            let mut moved = vec![T::default(); rows.len()];
+            for_each_chunk(&mut moved, order.len(), |row, moved| {
+                let row = &rows[row * order.len()..][..order.len()];
+                moved.iter_mut().zip(order).for_each(|(moved, &feature)| *moved = row[feature as usize]);
+            });
+            moved
         }
         let zero_words = self.bits.words(self.out_features);
         let mut qzeros = vec![0; self.qzeros.len()];
@@ -87,6 +67,37 @@ impl PackedLinear {
             bias: self.bias.as_ref().map(|bias| moved(bias, order)),
             ..self.shape_alone()
         })
+    }
+
+    /// Words of up to [`RUN`] input features, zeros until now.
+    fn gather_codes(&self, features: &[u32], words: &mut [u32]) {
+        let (bits, outputs) = (self.bits.get() as usize, self.out_features);
+        let mask = u32::from(self.bits.max_code());
+        for first in (0..outputs).step_by(TILE) {
+            let row = |word: usize| word * outputs + first..word * outputs + (first + TILE).min(outputs);
+            for (i, &feature) in features.iter().enumerate() {
+                let (from, to) = (feature as usize * bits, i * bits);
+                let (shift, place) = (from % 32, to % 32);
+                let low = &self.qweight[row(from / 32)];
+                if shift + bits <= 32 && place + bits <= 32 {
+                    let words = words[row(to / 32)].iter_mut().zip(low);
+                    words.for_each(|(word, low)| *word |= (low >> shift & mask) << place);
+                    continue;
+                }
+                // A code that ends in the next word has its upper bits there.
+                let high = if shift + bits > 32 { &self.qweight[row(from / 32 + 1)] } else { low };
+                let code = |(&low, &high): (&u32, &u32)| {
+                    ((u64::from(low) | u64::from(high) << 32) >> shift) as u32 & mask
+                };
+                let codes = low.iter().zip(high).map(code);
+                words[row(to / 32)].iter_mut().zip(codes).for_each(|(word, code)| *word |= code << place);
+                if place + bits > 32 {
+                    let codes = low.iter().zip(high).map(code);
+                    let words = words[row(to / 32 + 1)].iter_mut().zip(codes);
+                    words.for_each(|(word, code)| *word |= code >> (32 - place));
+                }
+            }
+        }
     }
 
     /// The layer's sizes without anything in it.
@@ -113,4 +124,15 @@ fn check_permutation(order: &[u32], len: usize) -> Result<(), PackError> {
         }
     }
     Ok(())
+}
+
+/// Runs `f(i, chunk)` for every `len` elements, on all cores with the feature `rayon`.
+fn for_each_chunk<T: Send>(data: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    #[cfg(feature = "rayon")]
+    {
+        use rayon::prelude::*;
+        data.par_chunks_mut(len).enumerate().for_each(|(i, chunk)| f(i, chunk));
+    }
+    #[cfg(not(feature = "rayon"))]
+    data.chunks_mut(len).enumerate().for_each(|(i, chunk)| f(i, chunk));
 }
