@@ -104,6 +104,24 @@ impl LinearSpec {
         spec
     }
 
+    /// The spec of a layer that `kernel` is to prepare, if it supports that.
+    pub(crate) fn supported<D: Device>(
+        kernel: &impl LinearKernel<D>,
+        weight: &PackedLinear,
+        fusion: &Fusion<'_>,
+    ) -> Result<Self, KernelError> {
+        let spec = Self::of(weight).fused(fusion);
+        let unsupported = |reason| KernelError::Unsupported { kernel: kernel.name(), reason };
+        kernel.supports(&spec).map_err(unsupported)?;
+        Ok(spec)
+    }
+
+    /// That `kernel` cannot do layers of this shape.
+    pub(crate) fn shape_unsupported_by(&self, kernel: &'static str) -> KernelError {
+        let &Self { in_features, out_features, .. } = self;
+        KernelError::Unsupported { kernel, reason: Unsupported::Shape { in_features, out_features } }
+    }
+
     /// The spec of a dense layer.
     pub fn of_dense(weight: &DenseWeight<'_>) -> Self {
         Self {

@@ -172,8 +172,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Exllama<T> {
         weight: &PackedLinear,
         fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight).fused(fusion);
-        self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: NAME, reason })?;
+        let spec = LinearSpec::supported(self, weight, fusion)?;
         let units = Units::pack(weight, fusion.epilogue);
         let image = format!("exllama-{}-{}", T::NAME, stored(weight).0);
         let most = self.device.shared_memory();

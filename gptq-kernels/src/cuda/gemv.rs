@@ -332,18 +332,15 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
         weight: &PackedLinear,
         fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight).fused(fusion);
-        let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
-        self.supports(&spec).map_err(unsupported)?;
+        let spec = LinearSpec::supported(self, weight, fusion)?;
         if let Some(norm) = &fusion.norm {
             norm.validate(spec.in_features, spec.out_features)?;
         }
         let units = Units::pack(weight, fusion.epilogue);
-        let linear = self.linear(&units, spec, fusion.norm)?.ok_or_else(|| {
-            let (in_features, out_features) = (weight.in_features(), weight.out_features());
-            unsupported(Unsupported::Shape { in_features, out_features })
-        })?;
-        Ok(Box::new(linear))
+        match self.linear(&units, spec.clone(), fusion.norm)? {
+            Some(linear) => Ok(Box::new(linear)),
+            None => Err(spec.shape_unsupported_by(NAME)),
+        }
     }
 
     /// `code - zero` and its product with an activation are exact. The tensor core adds 16 products to an accumulator by

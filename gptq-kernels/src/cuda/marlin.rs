@@ -162,9 +162,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Marlin<T> {
         weight: &PackedLinear,
         fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight).fused(fusion);
-        let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
-        self.supports(&spec).map_err(unsupported)?;
+        let spec = LinearSpec::supported(self, weight, fusion)?;
         let tiles = Tiles::pack(weight, fusion.epilogue);
         let bits = tiles.bits;
         let image = format!(
@@ -176,8 +174,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Marlin<T> {
         let unit = unit_bytes(bits, tiles.groups, tiles.asym);
         let shape = (tiles.unit_rows, tiles.k_units);
         let Some(plan) = Plan::new(&self.device, &image, unit, shape)? else {
-            let (in_features, out_features) = (spec.in_features, spec.out_features);
-            return Err(unsupported(Unsupported::Shape { in_features, out_features }));
+            return Err(spec.shape_unsupported_by(NAME));
         };
         let stream = self.device.stream();
         let most_shared = self.device.shared_memory();

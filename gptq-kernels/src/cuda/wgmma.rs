@@ -247,9 +247,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
         weight: &PackedLinear,
         fusion: &Fusion<'_>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let spec = LinearSpec::of(weight).fused(fusion);
-        let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
-        self.supports(&spec).map_err(unsupported)?;
+        let spec = LinearSpec::supported(self, weight, fusion)?;
         let norm = match fusion.norm {
             Some(norm) => {
                 norm.validate(spec.in_features, spec.out_features)?;
@@ -265,10 +263,8 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
         let tokens = Tokens::all(&self.device, &image, &units)?;
         let many = Many::new(&self.device, &image, &units, weight)?;
         let order = self.device.images().function(&image, "order", self.device.shared_memory())?;
-        let gemv = self.gemv.linear(&units, spec, fusion.norm)?.ok_or_else(|| {
-            let LinearSpec { in_features, out_features, .. } = LinearSpec::of(weight);
-            unsupported(Unsupported::Shape { in_features, out_features })
-        })?;
+        let gemv = self.gemv.linear(&units, spec.clone(), fusion.norm)?;
+        let gemv = gemv.ok_or_else(|| spec.shape_unsupported_by(NAME))?;
         let classes = classes(&tokens, many.as_ref());
         Ok(Box::new(WgmmaLinear { classes, gemv, norm, tokens, many, order }))
     }
