@@ -10,7 +10,7 @@ use std::{
 
 use clap::{Parser, ValueEnum};
 use gptq_examples::{
-    device::{DeviceArgs, Job, Machine, Place},
+    device::{DeviceArgs, Job, KvArgs, Machine, Place},
     failure::{Failure, run},
     host_memory, random_checkpoint,
     random_model::{RandomModel, Weights},
@@ -89,6 +89,8 @@ struct Args {
     /// A table of parts for every context and batch [default: if there is one of each]
     #[arg(long)]
     parts: bool,
+    #[command(flatten)]
+    kv: KvArgs,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -171,7 +173,10 @@ fn write(args: &Args, dir: &Path) -> Result<(), Failure> {
 
 impl Job for Args {
     fn run<D: Backend>(&self, device: D, machine: &Machine) -> Result<(), Failure> {
-        let options = LoadOptions::default().with_kernel(self.kernel.clone()).with_workload(self.workload());
+        let options = LoadOptions::default()
+            .with_kernel(self.kernel.clone())
+            .with_workload(self.workload())
+            .with_kv(self.kv.into());
         let (watch, start) = (host_memory::Watch::start(), Instant::now());
         let (model, from) = match &self.model {
             Some(dir) => (Llama::load(dir, device, &options)?, "from the folder"),
@@ -290,7 +295,10 @@ impl Args {
                     step: decode / self.new_tokens.max(1) as f64,
                     median,
                     memory: machine.used_bytes(),
-                    floor: machine.gpu.then(|| floor(model, prompt.len() + self.new_tokens / 2, batch)),
+                    floor: machine.gpu.then(|| {
+                        let tokens = batch * (prompt.len() + self.new_tokens / 2);
+                        floor(model, &bench.cache, tokens, batch)
+                    }),
                 };
                 if single {
                     result.print(model.weight_bytes(), self.new_tokens > 0);
@@ -311,10 +319,9 @@ impl Args {
     }
 }
 
-/// Seconds that a step takes at least on an H200: keys and values have two bytes.
-fn floor<D: Backend>(model: &Llama<D>, context: usize, batch: usize) -> f64 {
-    let config = model.config();
-    let caches = context * batch * config.layers * 2 * config.kv_features() * 2;
+/// Seconds that a step takes at least on an H200, with keys and values of `tokens` tokens in its caches.
+fn floor<D: Backend>(model: &Llama<D>, cache: &KvCache<D>, tokens: usize, batch: usize) -> f64 {
+    let caches = tokens * cache.bytes_per_token();
     let weights: usize =
         model.linears().map(|linear| linear.spec().in_features * linear.spec().out_features).sum();
     let bytes = (model.weight_bytes() + caches) as f64 / GPU_BANDWIDTH;

@@ -18,7 +18,7 @@ use clap::Parser;
 use gptq_examples::{
     chat_template::ChatFormat,
     conversation::{Conversation, Ended, ReplyOptions},
-    device::{DeviceArgs, Job, Machine},
+    device::{DeviceArgs, Job, KvArgs, Machine},
     failure::{Failure, run},
     text::TextCodec,
 };
@@ -59,6 +59,8 @@ struct Args {
     /// Kernel of quantised layers, by name [default: chosen by cost and capability]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
+    #[command(flatten)]
+    kv: KvArgs,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -106,7 +108,7 @@ impl Job for Args {
 fn talk<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
     let format = ChatFormat::read(&args.model)?;
     let codec = TextCodec::open(&args.model)?;
-    let options = LoadOptions::default().with_kernel(args.kernel.clone());
+    let options = LoadOptions::default().with_kernel(args.kernel.clone()).with_kv(args.kv.into());
     let model = Llama::load(&args.model, device, &options)?;
     let mut stop_tokens = model.config().eos_token_ids.clone();
     stop_tokens.extend(format.ends().into_iter().filter_map(|end| codec.special(end)));

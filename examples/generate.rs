@@ -11,7 +11,7 @@ use std::{
 
 use clap::Parser;
 use gptq_examples::{
-    device::{DeviceArgs, Job, Machine},
+    device::{DeviceArgs, Job, KvArgs, Machine},
     failure::{Failure, run},
     text::TextCodec,
 };
@@ -53,6 +53,8 @@ struct Args {
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
     #[command(flatten)]
+    kv: KvArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -72,7 +74,8 @@ fn write_text<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
     let prompt = codec.encode(&args.prompt)?;
     let load = LoadOptions::default()
         .with_kernel(args.kernel.clone())
-        .with_workload(Workload::generation(prompt.len(), args.max_new_tokens));
+        .with_workload(Workload::generation(prompt.len(), args.max_new_tokens))
+        .with_kv(args.kv.into());
     let model = Llama::load(&args.model, device, &load)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,

@@ -6,7 +6,7 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{Parser, ValueEnum};
 use gptq_examples::{
     data::RowSource,
-    device::{DeviceArgs, Job, Machine},
+    device::{DeviceArgs, Job, KvArgs, Machine},
     failure::{Failure, run},
     progress,
 };
@@ -41,6 +41,8 @@ struct Args {
     /// Kernel of quantised layers, by name [default: chosen by cost and capability]
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
+    #[command(flatten)]
+    kv: KvArgs,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -81,7 +83,8 @@ fn measure<D: Backend>(args: &Args, device: D) -> Result<(), Failure> {
     let options = LoadOptions::default()
         .with_precision(precision)
         .with_kernel(args.kernel.clone())
-        .with_workload(Workload::rows(rows.longest()));
+        .with_workload(Workload::rows(rows.longest()))
+        .with_kv(args.kv.into());
     let model = Llama::load(&args.model, device, &options)?;
     let bar = progress::bar("perplexity", rows.rows().len() as u64);
     let result = perplexity(&model, &rows, |done, so_far| {

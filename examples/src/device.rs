@@ -1,7 +1,7 @@
 //! `--device` of the examples: a job that runs on any backend, and the backend that the command line asks for.
 
 use clap::{Args, ValueEnum};
-use gptq_kernels::{cpu::Cpu, quantize::QuantizeBackend};
+use gptq_kernels::{KvFormat, cpu::Cpu, quantize::QuantizeBackend};
 
 use crate::{failure::Failure, host_memory};
 
@@ -14,6 +14,32 @@ pub struct DeviceArgs {
     /// Type of activations and caches on a GPU; the CPU has float32
     #[arg(long, value_enum, default_value_t = Activations::Fp16, value_name = "TYPE")]
     pub activations: Activations,
+}
+
+/// `--kv` of the examples that have a cache.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct KvArgs {
+    /// What keys and values are kept as
+    #[arg(long, value_enum, default_value_t = Kv::Activations, value_name = "TYPE")]
+    pub kv: Kv,
+}
+
+/// Types of keys and values in a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kv {
+    /// That of the activations.
+    Activations,
+    /// A byte, with a scale for each token and head: about half of the memory.
+    Int8,
+}
+
+impl From<KvArgs> for KvFormat {
+    fn from(args: KvArgs) -> Self {
+        match args.kv {
+            Kv::Activations => Self::Activations,
+            Kv::Int8 => Self::Int8,
+        }
+    }
 }
 
 /// Kinds of devices.

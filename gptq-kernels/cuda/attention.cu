@@ -5,6 +5,7 @@
 // itself: a block walks over chunks of four pages, a warp each, and fetches ahead, at first ahead of the wait for the kernel
 // before it, since all but the new token has been there since an earlier step. Where several blocks share the chunks of a
 // row and head, the last of them merges what they give.
+#include "bytes.cuh"
 #include "ring.cuh"
 
 struct AttentionArgs {
@@ -39,13 +40,19 @@ DEVICE void fetch_constant(const u32* from) {
 // First position that the row at `position` sees.
 DEVICE u32 first_seen(u32 window, u32 position) { return window != 0 && position + 1 > window ? position + 1 - window : 0; }
 
-template <u32 P>
-DEVICE const u16* page_of(const AttentionArgs& args, u32 which, u32 page, u32 kv_head) {
-    return (const u16*)args.store[which] + (u64)(page * args.kv_heads + kv_head) * PAGE_LEN * P;
+template <class Pages>
+DEVICE const u8* keys_of(const AttentionArgs& args, u32 page, u32 kv_head) {
+    return (const u8*)args.store[0] + (u64)(page * args.kv_heads + kv_head) * Pages::KEY_BYTES;
+}
+template <class Pages>
+DEVICE const u8* values_of(const AttentionArgs& args, u32 page, u32 kv_head) {
+    return (const u8*)args.store[1] + (u64)(page * args.kv_heads + kv_head) * Pages::VALUE_BYTES;
 }
 
-template <class Half, u32 P>
+template <class Pages>
 DEVICE void prefill(const AttentionArgs& args) {
+    using Half = typename Pages::Half;
+    constexpr u32 P = Pages::P, PAGE_BYTES = Pages::KEY_BYTES + Pages::VALUE_BYTES;
     constexpr u32 WARPS = 4, THREADS = WARPS * 32, ROW = P * 2;
     extern __shared__ __align__(128) u8 shared_memory[];
     const u32 shared = shared_address(shared_memory), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -65,11 +72,11 @@ DEVICE void prefill(const AttentionArgs& args) {
     const u32 first_page = block_first / PAGE_LEN, end_page = (block_end + PAGE_LEN - 1) / PAGE_LEN;
     const u32* table = args.pages + tile.page_base;
 
-    auto stage_of = [&](u32 page) { return ring + (args.stages == 2 ? page % 2 * Page<P>::BYTES : 0); };
+    auto stage_of = [&](u32 page) { return ring + (args.stages == 2 ? page % 2 * PAGE_BYTES : 0); };
     auto fetch = [&](u32 page) {
         const u32 to = stage_of(page);
-        fetch_half<P>(to, page_of<P>(args, 0, table[page], kv_head), lane, warp, WARPS);
-        fetch_half<P>(to + Page<P>::HALF_BYTES, page_of<P>(args, 1, table[page], kv_head), lane, warp, WARPS);
+        fetch_pieces(to, keys_of<Pages>(args, table[page], kv_head), Pages::KEY_BYTES, lane, warp, WARPS);
+        fetch_pieces(to + Pages::KEY_BYTES, values_of<Pages>(args, table[page], kv_head), Pages::VALUE_BYTES, lane, warp, WARPS);
     };
     fetch(first_page);
     commit_copies();
@@ -150,16 +157,17 @@ DEVICE void prefill(const AttentionArgs& args) {
             commit_copies();
             wait_for_groups<0>();
         }
-        const u32 keys = stage_of(page), values = keys + Page<P>::HALF_BYTES, start = page * PAGE_LEN;
-        if (start + PAGE_LEN > block_end) clear_values<P>(values, lane, warp, WARPS, block_end - start);
+        const u32 keys = stage_of(page), values = keys + Pages::KEY_BYTES, start = page * PAGE_LEN;
+        if (start + PAGE_LEN > block_end) Pages::clear(keys, lane, warp, WARPS, block_end - start);
         __syncthreads();
         if (start < warp_end) {
             i32 page_first[2], page_end[2];
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) page_first[h] = (i32)seen[h] - (i32)start, page_end[h] = (i32)end[h] - (i32)start;
             u32 weights[4][4];
+            float unit[2];
             if (P > 128) load_queries<P>(q, queries, ROW, lane);
-            const State later = page_weights<Half, P>(weights, q, keys, lane, args.scale, page_first, page_end);
+            const State later = page_weights<Pages>(weights, unit, q, keys, lane, args.scale, page_first, page_end);
             float a[2], b[2];
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) {
@@ -169,9 +177,9 @@ DEVICE void prefill(const AttentionArgs& args) {
 #pragma unroll
             for (u32 n = 0; n < P / 8; ++n) {
                 float part_sum[4];
-                page_sum<Half>(part_sum, weights, values, lane, n);
+                page_sum<Pages>(part_sum, weights, values, lane, n);
 #pragma unroll
-                for (u32 e = 0; e < 4; ++e) sum[n][e] = merged(sum[n][e], a[e / 2], part_sum[e], b[e / 2]);
+                for (u32 e = 0; e < 4; ++e) sum[n][e] = merged(sum[n][e], a[e / 2], Pages::in_units(part_sum[e], unit[e / 2]), b[e / 2]);
             }
         }
         if (page % CHUNK_PAGES == CHUNK_PAGES - 1 || page + 1 == end_page) finish_chunk();
@@ -197,20 +205,22 @@ DEVICE void prefill(const AttentionArgs& args) {
     }
 }
 
-template <class Half, u32 P>
+template <class Pages>
 DEVICE void decode(const AttentionArgs& args) {
-    constexpr u32 THREADS = CHUNK_PAGES * 32, ROW = P * 2;
+    using Half = typename Pages::Half;
+    constexpr u32 P = Pages::P, THREADS = CHUNK_PAGES * 32, ROW = P * 2;
     extern __shared__ __align__(128) u8 shared_memory[];
     const u32 shared = shared_address(shared_memory), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 group = args.heads / args.kv_heads, parts = (group + QUERIES - 1) / QUERIES;
     // Shared memory: a ring for each warp; queries; the new key and value; states and sums of each query, those of the pages of
-    // a chunk and those of the chunks that are done; barriers.
-    const u32 queries = shared + CHUNK_PAGES * args.stages * Ring<P>::BYTES, new_key = queries + QUERIES * ROW;
+    // a chunk and those of the chunks that are done; barriers; codes and scales of the new key and value.
+    const u32 queries = shared + CHUNK_PAGES * args.stages * Ring<Pages>::BYTES, new_key = queries + QUERIES * ROW;
     const u32 new_value = new_key + ROW, states = new_value + ROW, done_states = states + QUERIES * CHUNK_PAGES * 8;
     const u32 sums = done_states + 2 * QUERIES * 8, query_sums = min(group, QUERIES) * P * 4;
     const u32 done_sums = sums + CHUNK_PAGES * query_sums, done_slots = args.kept == 0 ? 1 : args.kept;
     const u32 slot_states = done_sums + done_slots * query_sums;
-    const u32 barriers = slot_states + args.kept * QUERIES * 8 + warp * args.stages * 8;
+    const u32 all_barriers = slot_states + args.kept * QUERIES * 8, barriers = all_barriers + warp * args.stages * 8;
+    const u32 new_codes = all_barriers + CHUNK_PAGES * args.stages * 8;
     release_next();
 
     const u32 row = blockIdx.y / (args.kv_heads * parts), part = blockIdx.y % parts, kv_head = blockIdx.y / parts % args.kv_heads;
@@ -224,9 +234,9 @@ DEVICE void decode(const AttentionArgs& args) {
     // Those of chunk 0 wait, so that the grid never ends before the one in front of it.
     if (blockIdx.x >= chunks && !shared_merge) return;
 
-    const u16 *stored_keys = (const u16*)args.store[0], *stored_values = (const u16*)args.store[1];
+    u8 *stored_keys = (u8*)args.store[0], *stored_values = (u8*)args.store[1];
     auto half_of = [&](bool values, u32 at) {
-        return (values ? stored_values : stored_keys) + (u64)(at * args.kv_heads + kv_head) * PAGE_LEN * P;
+        return (values ? stored_values : stored_keys) + (u64)(at * args.kv_heads + kv_head) * (values ? Pages::VALUE_BYTES : Pages::KEY_BYTES);
     };
     const u32 newest_place = table[last_page];
 
@@ -236,9 +246,9 @@ DEVICE void decode(const AttentionArgs& args) {
     u32 ahead = page < first_page ? page + stride : page;  // the page whose halves are fetched next
     bool values_next = false;
     u32 place = ahead <= last_page ? table[ahead] : 0;
-    Ring<P> ring(args.stages, shared + warp * args.stages * Ring<P>::BYTES, barriers, lane);
+    Ring<Pages> ring(args.stages, shared + warp * args.stages * Ring<Pages>::BYTES, barriers, lane);
     auto fetch = [&] {
-        ring.fetch(ahead <= last_page, half_of(values_next, place));
+        ring.fetch(ahead <= last_page, values_next, half_of(values_next, place));
         if (values_next) {
             ahead += stride;
             if (ahead <= last_page) place = table[ahead];
@@ -292,7 +302,13 @@ DEVICE void decode(const AttentionArgs& args) {
 
     const u32 slot = position % PAGE_LEN, c = lane / 4;
     // Whoever reads the page meanwhile puts the new key and value in the place of what was read.
-    if (newest_here && part == 0) {
+    if constexpr (Pages::BYTES) {
+        if (newest_here) {
+            u8* key = part == 0 ? half_of(false, newest_place) : nullptr;
+            Pages::quantize_new(new_key, new_codes, key, half_of(true, newest_place), slot, lane, warp);
+            __syncthreads();
+        }
+    } else if (newest_here && part == 0) {
         u16 *key = (u16*)half_of(false, newest_place), *value = (u16*)half_of(true, newest_place);
         for (u32 i = threadIdx.x; i < P; i += THREADS) {
             key[key_place(slot, i, P)] = (u16)load_shared_2(new_key + i * 2);
@@ -312,11 +328,15 @@ DEVICE void decode(const AttentionArgs& args) {
     for (u32 chunk = first_chunk + blockIdx.x; chunk <= last_chunk; chunk += gridDim.x, page += stride) {
         const bool active = page >= first_page && page <= last_page, newest = page == last_page;
         u32 weights[4][4];
+        float unit[2];
         State state;
         if (active) {
             const u32 keys = ring.next();
             // The new key, into the pieces of the lanes that have it.
-            if (newest && lane / 8 == slot / 8 % 4 && c % 2 == slot % 2) {
+            if constexpr (Pages::BYTES) {
+                if (newest) Pages::insert_key(keys, new_codes, slot, lane);
+                __syncwarp();
+            } else if (newest && lane / 8 == slot / 8 % 4 && c % 2 == slot % 2) {
                 const u32 nt = 4 * (slot / 32) + slot % 8 / 2;
 #pragma unroll
                 for (u32 j = 0; j < P / 32; ++j)
@@ -325,7 +345,7 @@ DEVICE void decode(const AttentionArgs& args) {
             const i32 start = page * PAGE_LEN;
             const i32 page_first[2] = {(i32)first - start, (i32)first - start};
             const i32 page_end[2] = {(i32)position + 1 - start, (i32)position + 1 - start};
-            state = page_weights<Half, P>(weights, q, keys, lane, args.scale, page_first, page_end);
+            state = page_weights<Pages>(weights, unit, q, keys, lane, args.scale, page_first, page_end);
             __syncwarp();
             fetch();
         }
@@ -344,7 +364,7 @@ DEVICE void decode(const AttentionArgs& args) {
 #pragma unroll
                 for (u32 n = 0; n < P / 8; n += EIGHTS) {
                     float sum[EIGHTS][4];
-                    page_sums<Half, EIGHTS, decltype(is_newest)::VALUE>(
+                    page_sums<Pages, EIGHTS, decltype(is_newest)::VALUE>(
                         sum, weights, values, lane, n, at, [&](u32 n) { return load_shared_2(new_value + (8 * n + c) * 2); });
 #pragma unroll
                     for (u32 h = 0; h < 2; ++h) {
@@ -352,12 +372,19 @@ DEVICE void decode(const AttentionArgs& args) {
 #pragma unroll
                         for (u32 k = 0; k < EIGHTS; ++k)
                             store_shared_8(sums + ((warp * count + c + 8 * h) * P + 8 * (n + k) + lane % 4 * 2) * 4,
-                                           {__float_as_uint(sum[k][2 * h]), __float_as_uint(sum[k][2 * h + 1])});
+                                           {__float_as_uint(Pages::in_units(sum[k][2 * h], unit[h])),
+                                            __float_as_uint(Pages::in_units(sum[k][2 * h + 1], unit[h]))});
                     }
                 }
             };
-            if (newest) sum_up(Yes(), new_value_at(slot, lane));
-            else sum_up(No(), NewValue());
+            if constexpr (Pages::BYTES) {
+                if (newest) Pages::insert_value(values, new_codes, slot, lane);
+                sum_up(No(), NewValue());
+            } else if (newest) {
+                sum_up(Yes(), new_value_at(slot, lane));
+            } else {
+                sum_up(No(), NewValue());
+            }
             __syncwarp();
             fetch();
         }
@@ -473,10 +500,20 @@ DEVICE void decode(const AttentionArgs& args) {
     }
 }
 
-// One image holds one type of activations (IMAGE_HALF) and one padded head_dim (IMAGE_DIM).
+// One image holds one type of activations (IMAGE_HALF), one padded head_dim (IMAGE_DIM) and one kind of pages (IMAGE_PAGES), of
+// bytes if IMAGE_BYTES is 1, and what IMAGE_PREFILL and IMAGE_DECODE say.
+#if IMAGE_PREFILL
 extern "C" __global__ void __launch_bounds__(128) attention_prefill(const __grid_constant__ AttentionArgs args) {
-    prefill<IMAGE_HALF, IMAGE_DIM>(args);
+    prefill<IMAGE_PAGES<IMAGE_HALF, IMAGE_DIM>>(args);
 }
+#endif
+#if IMAGE_DECODE
 extern "C" __global__ void __launch_bounds__(128, IMAGE_DIM > 128 ? 1 : 3) attention_decode(const __grid_constant__ AttentionArgs args) {
-    decode<IMAGE_HALF, IMAGE_DIM>(args);
+    decode<IMAGE_PAGES<IMAGE_HALF, IMAGE_DIM>>(args);
 }
+#endif
+#if IMAGE_PREFILL && IMAGE_BYTES
+extern "C" __global__ void __launch_bounds__(256) append_bytes(const __grid_constant__ RopeArgs args) {
+    store_bytes<IMAGE_PAGES<IMAGE_HALF, IMAGE_DIM>>(args);
+}
+#endif

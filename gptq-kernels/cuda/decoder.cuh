@@ -102,3 +102,17 @@ struct Tile {
     u32 position;   // of the first row
     u32 page_base;  // where the sequence's pages begin among the pages of the step
 };
+
+// What the rotation and storing of keys and values is given, here and in `bytes.cuh`.
+struct RopeArgs {
+    u16* qkv;                // (rows, (heads + 2 kv_heads) * head_dim)
+    const u64* store;        // addresses of the layer's keys and values
+    const u32* positions;    // (rows)
+    const u32* page_bases;   // (rows)
+    const u32* pages;
+    const Tile* tiles;
+    const float* cos;        // (positions, head_dim / 2)
+    const float* sin;
+    u64 stride;
+    u32 rows, heads, kv_heads, head_dim, padded;
+};

@@ -254,19 +254,6 @@ DEVICE void gather_rows(const GatherArgs& args) {
 
 // Rotates queries and keys in place and writes keys and values to their pages. The first `rows` blocks take a row each;
 // after them come blocks that transpose the values of one tile and head.
-struct RopeArgs {
-    u16* qkv;                // (rows, (heads + 2 kv_heads) * head_dim)
-    const u64* store;        // addresses of the layer's keys and values
-    const u32* positions;    // (rows)
-    const u32* page_bases;   // (rows)
-    const u32* pages;
-    const Tile* tiles;
-    const float* cos;        // (positions, head_dim / 2)
-    const float* sin;
-    u64 stride;
-    u32 rows, heads, kv_heads, head_dim, padded;
-};
-
 template <class Half>
 DEVICE void rope_append(const RopeArgs& args) {
     release_next();

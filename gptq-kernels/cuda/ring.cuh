@@ -14,9 +14,9 @@ DEVICE void store_shared_8(u32 address, const uint2& v) {
 }
 
 // What a warp of `decode` has of its pages in shared memory: `stages` halves of pages, keys and values in turn, page after page.
-template <u32 P>
+template <class Pages>
 struct Ring {
-    static constexpr u32 BYTES = Page<P>::HALF_BYTES;
+    static constexpr u32 BYTES = Pages::KEY_BYTES;  // those of values are no more
     u32 stages, memory, barriers, lane;
     u32 to_use, to_fill;  // stage of the half that is used next, and of that which is fetched next
     u32 parity;
@@ -33,15 +33,15 @@ struct Ring {
     }
 
     // Starts to fetch a half, or nothing; every lane calls it, after all of them have used what was in the stage.
-    DEVICE void fetch(bool there, const u16* from) {
-        const u32 to = memory + to_fill * BYTES;
+    DEVICE void fetch(bool there, bool values, const u8* from) {
+        const u32 to = memory + to_fill * BYTES, bytes = values ? Pages::VALUE_BYTES : Pages::KEY_BYTES;
 #if IMAGE_SM90
         if (there && lane == 0) {
-            mbarrier_expect(barriers + to_fill * 8, BYTES);
-            bulk_copy(to, from, BYTES, barriers + to_fill * 8);
+            mbarrier_expect(barriers + to_fill * 8, bytes);
+            bulk_copy(to, from, bytes, barriers + to_fill * 8);
         }
 #else
-        if (there) fetch_half<P>(to, from, lane, 0, 1);
+        if (there) fetch_pieces(to, from, bytes, lane, 0, 1);
         commit_copies();
 #endif
         to_fill = to_fill + 1 == stages ? 0 : to_fill + 1;

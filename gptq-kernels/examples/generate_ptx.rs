@@ -17,6 +17,13 @@ struct Family {
     images: Vec<(String, Vec<String>)>,
 }
 
+/// What `attention.cu` is compiled to: for keys and values in bytes or in halves, and which kernels.
+fn attention_macros(bytes: bool, prefill: bool, decode: bool) -> [String; 4] {
+    let class = if bytes { "BytePages" } else { "HalfPages" };
+    let flag = |name: &str, value: bool| format!("-DIMAGE_{name}={}", u32::from(value));
+    [format!("-DIMAGE_PAGES={class}"), flag("BYTES", bytes), flag("PREFILL", prefill), flag("DECODE", decode)]
+}
+
 const HALVES: [(&str, &str); 2] = [("f16", "Fp16"), ("bf16", "Bf16")];
 
 fn families() -> Vec<Family> {
@@ -63,8 +70,10 @@ fn families() -> Vec<Family> {
             }
         }
     }
-    let decoder = |sm: &'static str| {
-        let (mut ops, mut attention) = (Vec::new(), Vec::new());
+    // What does not decode is the same for all GPUs: it lasts so long that its start does not matter.
+    let mut attention8 = Vec::new();
+    let mut decoder = |sm: &'static str| {
+        let (mut ops, mut attention, mut decode8) = (Vec::new(), Vec::new(), Vec::new());
         for (half, class) in HALVES {
             let macros =
                 vec![format!("-DIMAGE_HALF={class}"), format!("-DIMAGE_SM90={}", u32::from(sm == "sm90"))];
@@ -72,17 +81,30 @@ fn families() -> Vec<Family> {
             for dim in [32, 64, 96, 128, 256] {
                 let mut macros = macros.clone();
                 macros.push(format!("-DIMAGE_DIM={dim}"));
-                attention.push((format!("attention-{half}-{dim}-{sm}"), macros));
+                let with = |bytes, prefill, decode| {
+                    macros.iter().cloned().chain(attention_macros(bytes, prefill, decode)).collect()
+                };
+                attention.push((format!("attention-{half}-{dim}-{sm}"), with(false, true, true)));
+                if dim <= 128 {
+                    decode8.push((format!("decode8-{half}-{dim}-{sm}"), with(true, false, true)));
+                }
+                if sm == "sm80" {
+                    attention8.push((format!("attention8-{half}-{dim}"), with(true, true, false)));
+                }
             }
         }
-        (ops, attention)
+        (ops, attention, decode8)
     };
-    let ((ops_80, attention_80), (ops_90, attention_90)) = (decoder("sm80"), decoder("sm90"));
+    let ((ops_80, attention_80, decode_80), (ops_90, attention_90, decode_90)) =
+        (decoder("sm80"), decoder("sm90"));
     vec![
         Family { name: "ops-sm80", source: "ops.cu", arch: "compute_80", images: ops_80 },
         Family { name: "ops-sm90", source: "ops.cu", arch: "compute_90", images: ops_90 },
         Family { name: "attention-sm80", source: "attention.cu", arch: "compute_80", images: attention_80 },
         Family { name: "attention-sm90", source: "attention.cu", arch: "compute_90", images: attention_90 },
+        Family { name: "attention8", source: "attention.cu", arch: "compute_80", images: attention8 },
+        Family { name: "decode8-sm80", source: "attention.cu", arch: "compute_80", images: decode_80 },
+        Family { name: "decode8-sm90", source: "attention.cu", arch: "compute_90", images: decode_90 },
         Family { name: "plain", source: "plain.cu", arch: "compute_80", images: plain },
         Family { name: "dense", source: "dense.cu", arch: "compute_80", images: dense },
         Family { name: "dense90", source: "dense.cu", arch: "compute_90", images: dense90 },

@@ -71,6 +71,9 @@ pub trait Backend: Device + Sized {
     /// An empty key-value store.
     fn kv_store(&self, shape: KvShape) -> Result<Self::KvStore, KernelError>;
 
+    /// Bytes that a page of keys and values of every layer takes in a store of that shape.
+    fn kv_page_bytes(&self, shape: KvShape) -> usize;
+
     /// Grows the store to `pages` pages and keeps its content. A store never shrinks.
     fn grow_kv(&self, store: &mut Self::KvStore, pages: usize) -> Result<(), KernelError>;
 
@@ -223,6 +226,24 @@ pub struct KvShape {
     pub head_dim: usize,
     /// Pages of [`Backend::PAGE_LEN`] tokens to begin with.
     pub pages: usize,
+    /// What keys and values are kept as.
+    pub format: KvFormat,
+}
+
+/// What keys and values are kept as.
+///
+/// It changes what attention reads, of a token itself too, and nothing else: a text depends on it, but not on how the text was cut
+/// into steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum KvFormat {
+    /// As the activations are: fp16 or bf16 on a GPU, float32 on the CPU.
+    #[default]
+    Activations,
+    /// One byte each, with a float32 scale for each token and head: key (after its rotation) and value are taken as they would
+    /// have been kept otherwise; with `m` the largest magnitude in a head, feature `x` becomes `q = round(x 127 / m)`, to the
+    /// nearest even, and is read as `q m / 127`. No feature moves by more than `(1/2 + 127 * 3 * 2^-24) m / 127`. Heads with
+    /// `m < 2^-100` become zero.
+    Int8,
 }
 
 /// Shape and extent of one attention layer.

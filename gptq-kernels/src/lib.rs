@@ -19,7 +19,7 @@ pub mod quantize;
 pub mod reference;
 mod select;
 
-pub use backend::{AttentionShape, Backend, DrawnToken, KvShape, SequencePlan, StepPlan};
+pub use backend::{AttentionShape, Backend, DrawnToken, KvFormat, KvShape, SequencePlan, StepPlan};
 pub use bound::ErrorBound;
 pub use dense::{DenseData, DenseType, DenseWeight};
 pub use device::{Device, Workspace};

@@ -9,7 +9,7 @@ mod draws;
 mod gpu;
 
 use gptq_kernels::{
-    AttentionShape, Backend, DenseData, DenseWeight, Device, KernelError, KvShape, MatMut, MatRef,
+    AttentionShape, Backend, DenseData, DenseWeight, Device, KernelError, KvFormat, KvShape, MatMut, MatRef,
     SequencePlan, StepPlan, Workspace,
     cuda::{CudaDevice, Element},
 };
@@ -291,10 +291,24 @@ const ATTENTION: [AttentionShape; 12] = [
 
 const LAYERS: usize = 2;
 
+const FORMATS: [KvFormat; 2] = [KvFormat::Activations, KvFormat::Int8];
+
+/// What is read of a head that is kept in a format, and the largest magnitude that it can have.
+fn kept(head: &[f32], format: KvFormat) -> Vec<f64> {
+    let largest = head.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let (inverse, scale) = (127.0 / largest, f64::from(largest / 127.0));
+    let keep = |&x: &f32| match format {
+        KvFormat::Activations => f64::from(x),
+        KvFormat::Int8 => f64::from((x * inverse).round_ties_even()) * scale,
+    };
+    head.iter().map(keep).collect()
+}
+
 /// One layer of attention with a store and tables of its own.
 struct Fixture<T: Element> {
     device: CudaDevice<T>,
     shape: AttentionShape,
+    format: KvFormat,
     store: <CudaDevice<T> as Backend>::KvStore,
     rope: <CudaDevice<T> as Backend>::Rope,
     cos: Vec<f32>,
@@ -302,8 +316,9 @@ struct Fixture<T: Element> {
 }
 
 impl<T: Element> Fixture<T> {
-    fn new(device: &CudaDevice<T>, shape: AttentionShape, positions: usize) -> Self {
-        let kv = KvShape { layers: LAYERS, kv_heads: shape.kv_heads, head_dim: shape.head_dim, pages: 1 };
+    fn new(device: &CudaDevice<T>, (shape, format): (AttentionShape, KvFormat), positions: usize) -> Self {
+        let (kv_heads, head_dim) = (shape.kv_heads, shape.head_dim);
+        let kv = KvShape { layers: LAYERS, kv_heads, head_dim, pages: 1, format };
         let half = shape.head_dim / 2;
         let angle = |i: usize| (i / half) as f64 / 10f64.powf((i % half) as f64 / half as f64);
         let cos: Vec<f32> = (0..positions * half).map(|i| angle(i).cos() as f32).collect();
@@ -312,7 +327,7 @@ impl<T: Element> Fixture<T> {
         device.grow_kv(&mut store, 3).unwrap();
         device.grow_kv(&mut store, 2 * positions.div_ceil(CudaDevice::<T>::PAGE_LEN) + 4).unwrap();
         let rope = device.rope(&cos, &sin, shape.head_dim).unwrap();
-        Self { device: device.clone(), shape, store, rope, cos, sin }
+        Self { device: device.clone(), shape, format, store, rope, cos, sin }
     }
 
     /// One step of attention, `whole` in one call or in two.
@@ -355,8 +370,8 @@ impl<T: Element> Fixture<T> {
         download(device, &y)
     }
 
-    /// Queries and keys as they are after the rotation, which is exact to the bit here.
-    fn rotated(&self, qkv: &[f32]) -> Vec<f32> {
+    /// Queries and keys as they are after the rotation, which is exact to the bit here, and keys and values as they are kept.
+    fn rotated(&self, qkv: &[f32]) -> Vec<f64> {
         let (shape, half) = (self.shape, self.shape.head_dim / 2);
         let mut qkv = qkv.to_vec();
         for (position, row) in qkv.chunks_mut(shape.qkv_features()).enumerate() {
@@ -369,16 +384,18 @@ impl<T: Element> Fixture<T> {
                 }
             }
         }
-        qkv
+        let keep = |(i, head): (usize, &[f32])| match i % (shape.heads + 2 * shape.kv_heads) < shape.heads {
+            true => kept(head, KvFormat::Activations),
+            false => kept(head, self.format),
+        };
+        qkv.chunks(shape.head_dim).enumerate().flat_map(keep).collect()
     }
 
     /// Compares row `row` of one sequence with float64; the largest error in units of the bound.
-    fn compare(&self, rotated: &[f32], row: usize, y: &[f32]) -> f64 {
+    fn compare(&self, rotated: &[f64], row: usize, y: &[f32]) -> f64 {
         let shape = self.shape;
         let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
-        let at = |row: usize, head: usize, d: usize| {
-            f64::from(rotated[row * shape.qkv_features() + head * dim + d])
-        };
+        let at = |row: usize, head: usize, d: usize| rotated[row * shape.qkv_features() + head * dim + d];
         let first = shape.window.map_or(0, |window| (row + 1).saturating_sub(window));
         let root = (dim as f64).sqrt();
         let mut worst: f64 = 0.0;
@@ -391,22 +408,31 @@ impl<T: Element> Fixture<T> {
             let max = scores.iter().copied().fold(f64::MIN, f64::max);
             let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
             let total: f64 = weights.iter().sum();
+            let most = |j: usize| (0..dim).map(|d| at(j, value, d).abs()).fold(0.0, f64::max);
+            let largest = weights.iter().zip(first..).map(|(w, j)| w * most(j)).sum::<f64>() / total;
             // A score: the tensor core adds 16 products with at most 17 errors of 2^-23 for each of dim / 16 steps, then
             // the scale rounds. A weight: twice a score's error, the rounding of the exponent's argument, at most the
             // spread of the scores, 2^-22 of the exponential, and its rounding to T. A page: a factor for it and for what
             // came before, each with those errors of the exponential, and two roundings, for every page and chunk after
             // it. The products with the values: four steps.
             let pages = (scores.len() / 64 + 2) as f64;
-            let score_error = (34.0 * (dim as f64 / 16.0).ceil() + 2.0) * EPS * magnitude;
+            //
+            // Of bytes, a score's factor is itself rounded. A weight is multiplied with its value's scale and rounded to fp16
+            // in units of a power of two below the largest of the page: by half a unit in the last place, which is at least
+            // 2^-24. So a value of m at most moves a sum over a page by 64 * 2^-25 times the largest weight times m.
+            let in_bytes = self.format == KvFormat::Int8;
+            let score_error = (34.0 * (dim as f64 / 16.0).ceil() + 3.0) * EPS * magnitude;
             let exponential = 4.0 * EPS + 4.0 * magnitude * EPS;
-            let weight_error = 2.0 * score_error + exponential + T::UNIT;
+            let weight_error =
+                2.0 * score_error + exponential + if in_bytes { f16::UNIT + EPS } else { T::UNIT };
             let relative = 2.0 * weight_error + 2.0 * pages * (exponential + 2.0 * EPS) + 4.0 * 34.0 * EPS;
             for d in 0..dim {
                 let sum = |f: fn(f64) -> f64| {
                     weights.iter().zip(first..).map(|(w, j)| w * f(at(j, value, d))).sum::<f64>() / total
                 };
                 let (want, mass) = (sum(|v| v), sum(f64::abs));
-                let bound = relative * mass + T::UNIT * want.abs() + T::SUBNORMAL;
+                let lost = if in_bytes { 64.0 / (1u64 << 25) as f64 * largest } else { 0.0 };
+                let bound = relative * mass + lost + T::UNIT * want.abs() + T::SUBNORMAL;
                 let error = (f64::from(y[head * dim + d]) - want).abs() / bound;
                 assert!(
                     error <= 1.0,
@@ -420,10 +446,15 @@ impl<T: Element> Fixture<T> {
     }
 }
 
+/// All shapes in all formats.
+fn attention() -> impl Iterator<Item = (AttentionShape, KvFormat)> {
+    FORMATS.into_iter().flat_map(|format| ATTENTION.map(|shape| (shape, format)))
+}
+
 fn attention_equals_float64<T: Element>(device: &CudaDevice<T>) {
-    for shape in ATTENTION {
+    for (shape, format) in attention() {
         let rows = 331;
-        let mut fixture = Fixture::<T>::new(device, shape, 400);
+        let mut fixture = Fixture::<T>::new(device, (shape, format), 400);
         let qkv = noise::<T>(rows * shape.qkv_features(), 1);
         let pages = [3, 9, 4, 1, 0, 6];
         let y = fixture.step(&[SequencePlan { rows: 0..rows, past: 0, pages: &pages }], &qkv, true);
@@ -433,15 +464,16 @@ fn attention_equals_float64<T: Element>(device: &CudaDevice<T>) {
             .filter(|row| row % 7 == 0 || row % 64 > 61 || row % 64 < 2)
             .map(|row| fixture.compare(&rotated, row, &y[row * width..][..width]))
             .fold(0.0, f64::max);
-        println!("{} | {shape:?} | worst error {worst:.3} of the bound", T::NAME);
+        println!("{} | {shape:?} {format:?} | worst error {worst:.3} of the bound", T::NAME);
     }
 }
 
 /// Long contexts, in prefill and in decoding.
 fn long_attention<T: Element>(device: &CudaDevice<T>) {
-    for shape in [shape(8, 2, 128, 0), shape(2, 2, 64, 5000)] {
+    let shapes = [shape(8, 2, 128, 0), shape(2, 2, 64, 5000)];
+    for (shape, format) in FORMATS.into_iter().flat_map(|format| shapes.map(|shape| (shape, format))) {
         let rows = 8192;
-        let mut fixture = Fixture::<T>::new(device, shape, rows);
+        let mut fixture = Fixture::<T>::new(device, (shape, format), rows);
         let (cols, width) = (shape.qkv_features(), shape.out_features());
         let qkv = noise::<T>(rows * cols, 1);
         let pages: Vec<u32> = (0..128).map(|page| (page * 77 + 5) % 128).collect();
@@ -455,28 +487,28 @@ fn long_attention<T: Element>(device: &CudaDevice<T>) {
         let rotated = fixture.rotated(&qkv);
         for row in [100, 2047, 2048, 5555, 8189, 8190, 8191] {
             let worst = fixture.compare(&rotated, row, &y[row * width..][..width]);
-            println!("{} | {shape:?} | row {row}: {worst:.3} of the bound", T::NAME);
+            println!("{} | {shape:?} {format:?} | row {row}: {worst:.3} of the bound", T::NAME);
         }
     }
 }
 
 /// The same sequence alone in one step; in uneven steps beside another; one row at a time; by one call or by two.
 fn batches_and_steps_change_no_bit<T: Element>(device: &CudaDevice<T>) {
-    for shape in ATTENTION {
+    for (shape, format) in attention() {
         let (cols, width) = (shape.qkv_features(), shape.out_features());
         let (len_a, len_b) = (601, 278);
         let (a, b) = (noise::<T>(len_a * cols, 2), noise::<T>(len_b * cols, 3));
         let alone = |qkv: &[f32], pages: &[u32], at_once| {
             let rows = qkv.len() / cols;
             let plan = SequencePlan { rows: 0..rows, past: 0, pages };
-            Fixture::<T>::new(device, shape, 640).step(&[plan], qkv, at_once)
+            Fixture::<T>::new(device, (shape, format), 640).step(&[plan], qkv, at_once)
         };
         let want_a = alone(&a, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], true);
         let want_b = alone(&b, &[5, 6, 8, 1, 2], true);
-        assert_eq!(want_a, alone(&a, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0], false), "{shape:?}");
+        assert_eq!(want_a, alone(&a, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0], false), "{shape:?} {format:?}");
 
         let (pages_a, pages_b) = ([7, 1, 12, 3, 0, 15, 9, 11, 10, 2], [4, 5, 6, 8, 13]);
-        let mut fixture = Fixture::<T>::new(device, shape, 640);
+        let mut fixture = Fixture::<T>::new(device, (shape, format), 640);
         let (mut past_a, mut past_b) = (0, 0);
         let mut steps = vec![
             (61, 1, true),
@@ -500,8 +532,14 @@ fn batches_and_steps_change_no_bit<T: Element>(device: &CudaDevice<T>) {
             };
             let y = fixture.step(&sequences, &qkv, at_once);
             let (got_b, got_a) = y.split_at(take_b * width);
-            assert!(got_a == &want_a[past_a * width..(past_a + take_a) * width], "{shape:?} a at {past_a}");
-            assert!(got_b == &want_b[past_b * width..(past_b + take_b) * width], "{shape:?} b at {past_b}");
+            assert!(
+                got_a == &want_a[past_a * width..(past_a + take_a) * width],
+                "{shape:?} {format:?} a at {past_a}"
+            );
+            assert!(
+                got_b == &want_b[past_b * width..(past_b + take_b) * width],
+                "{shape:?} {format:?} b at {past_b}"
+            );
             (past_a, past_b) = (past_a + take_a, past_b + take_b);
         }
         assert_eq!((past_a, past_b), (len_a, len_b));
@@ -509,18 +547,25 @@ fn batches_and_steps_change_no_bit<T: Element>(device: &CudaDevice<T>) {
 }
 
 fn stale_pages_do_not_leak<T: Element>(device: &CudaDevice<T>) {
-    for shape in ATTENTION {
+    for (shape, format) in attention() {
         let cols = shape.qkv_features();
-        let mut fixture = Fixture::<T>::new(device, shape, 400);
+        let mut fixture = Fixture::<T>::new(device, (shape, format), 400);
         let poison = vec![f32::NAN; 64 * cols];
         fixture.step(&[SequencePlan { rows: 0..64, past: 0, pages: &[4] }], &poison, true);
         let qkv = noise::<T>(5 * cols, 5);
         let y = fixture.step(&[SequencePlan { rows: 0..3, past: 0, pages: &[4] }], &qkv[..3 * cols], true);
-        assert!(y.iter().all(|v| v.is_finite()), "{shape:?}");
+        assert!(y.iter().all(|v| v.is_finite()), "{shape:?} {format:?}");
         for past in [3, 4] {
             let qkv = &qkv[past * cols..][..cols];
             let y = fixture.step(&[SequencePlan { rows: 0..1, past, pages: &[4] }], qkv, true);
-            assert!(y.iter().all(|v| v.is_finite()), "{shape:?}");
+            assert!(y.iter().all(|v| v.is_finite()), "{shape:?} {format:?}");
+        }
+        // A token that is not finite is not hidden, alone or with others.
+        let nan = vec![f32::NAN; 2 * cols];
+        for (past, rows) in [(5, 1), (5, 2)] {
+            let y =
+                fixture.step(&[SequencePlan { rows: 0..rows, past, pages: &[4] }], &nan[..rows * cols], true);
+            assert!(y.iter().all(|v| v.is_nan()), "{shape:?} {format:?}");
         }
     }
 }
@@ -574,13 +619,15 @@ fn stale_pages_do_not_leak_into_sequences() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let Some(device) = gpu::<f16>() else { return };
-    let kv = |head_dim| KvShape { layers: 1, kv_heads: 2, head_dim, pages: 1 };
-    assert!(matches!(
-        device.kv_store(kv(258)),
-        Err(KernelError::Argument { what: "head_dim", got: 258, limit: 257 })
-    ));
+    let kv = |head_dim, format| KvShape { layers: 1, kv_heads: 2, head_dim, pages: 1, format };
+    for format in FORMATS {
+        assert!(matches!(
+            device.kv_store(kv(258, format)),
+            Err(KernelError::Argument { what: "head_dim", got: 258, limit: 257 })
+        ));
+    }
     let shape = shape(4, 2, 64, 0);
-    let mut fixture = Fixture::<f16>::new(&device, shape, 100);
+    let mut fixture = Fixture::<f16>::new(&device, (shape, KvFormat::Int8), 100);
     let mut refuse = |past: usize, pages: &[u32], layer: usize| {
         let mut step = device.new_step().unwrap();
         let sequences = [SequencePlan { rows: 0..1, past, pages }];

@@ -1,6 +1,8 @@
 use std::time::Duration;
 
-use gptq_kernels::{Backend, Draw, DrawnToken, KernelError, KvShape, SequencePlan, StepPlan, Workspace};
+use gptq_kernels::{
+    Backend, Draw, DrawnToken, KernelError, KvFormat, KvShape, SequencePlan, StepPlan, Workspace,
+};
 
 use crate::{Feed, LlamaConfig, LlamaError, Wanted};
 
@@ -24,7 +26,8 @@ pub struct KvCache<D: Backend> {
     free_pages: Vec<u32>,
     pages: usize,
     max_tokens: usize,
-    layers: usize,
+    /// Bytes of a page of all layers.
+    page_bytes: usize,
 }
 
 #[derive(Default)]
@@ -86,7 +89,12 @@ pub struct Timings {
 }
 
 impl<D: Backend> KvCache<D> {
-    pub(crate) fn new(device: &D, config: &LlamaConfig, max_tokens: usize) -> Result<Self, LlamaError> {
+    pub(crate) fn new(
+        device: &D,
+        config: &LlamaConfig,
+        max_tokens: usize,
+        format: KvFormat,
+    ) -> Result<Self, LlamaError> {
         if max_tokens == 0 {
             return Err(LlamaError::NoTokens { what: "the cache" });
         }
@@ -95,8 +103,8 @@ impl<D: Backend> KvCache<D> {
             return Err(LlamaError::ContextLength { needed: max_tokens, limit: u32::MAX as usize });
         }
         let (cos, sin) = config.rope.table(config.head_dim, max_tokens);
-        let shape =
-            KvShape { layers: config.layers, kv_heads: config.kv_heads, head_dim: config.head_dim, pages: 0 };
+        let (layers, kv_heads, head_dim) = (config.layers, config.kv_heads, config.head_dim);
+        let shape = KvShape { layers, kv_heads, head_dim, pages: 0, format };
         Ok(Self {
             store: device.kv_store(shape)?,
             rope: device.rope(&cos, &sin, config.head_dim)?,
@@ -109,7 +117,7 @@ impl<D: Backend> KvCache<D> {
             free_pages: Vec::new(),
             pages: 0,
             max_tokens,
-            layers: config.layers,
+            page_bytes: device.kv_page_bytes(shape),
         })
     }
 
@@ -152,6 +160,11 @@ impl<D: Backend> KvCache<D> {
     /// Errors: [`LlamaError::UnknownSequence`].
     pub fn len(&self, id: SequenceId) -> Result<usize, LlamaError> {
         get(&self.sequences, id).map(|sequence| sequence.len)
+    }
+
+    /// Bytes that the keys and values of a token take.
+    pub fn bytes_per_token(&self) -> usize {
+        self.page_bytes / D::PAGE_LEN
     }
 
     /// Tokens that a sequence can have.
@@ -249,13 +262,11 @@ impl<D: Backend> KvCache<D> {
     fn grow_to(&mut self, device: &D, pages: usize, length: usize) -> Result<(), LlamaError> {
         let free = device.free_memory();
         let error = match (self.grow(device, pages), free) {
-            (Err(KernelError::OutOfGpuMemory { bytes, .. }), Some(free)) => {
-                // What was asked for is the keys or the values of one layer.
-                let bytes_per_token = (2 * self.layers).saturating_mul(bytes) / (pages * D::PAGE_LEN);
-                let pages_that_fit = free / (bytes_per_token * D::PAGE_LEN).max(1);
+            (Err(KernelError::OutOfGpuMemory { .. }), Some(free)) => {
+                let pages_that_fit = free / self.page_bytes.max(1);
                 LlamaError::CacheMemory {
                     tokens: pages * D::PAGE_LEN,
-                    bytes_per_token,
+                    bytes_per_token: self.page_bytes / D::PAGE_LEN,
                     free,
                     fits: (self.pages + pages_that_fit) * D::PAGE_LEN,
                     sequences: self.sequences.iter().flatten().count(),

@@ -6,7 +6,7 @@ mod load;
 mod norm;
 mod step;
 
-use gptq_kernels::{AttentionShape, Backend, Linear};
+use gptq_kernels::{AttentionShape, Backend, KvFormat, Linear};
 
 pub use forward::{Feed, Logits, Wanted};
 pub use load::LoadOptions;
@@ -31,6 +31,8 @@ pub struct Llama<D: Backend> {
     id: u64,
     device: D,
     config: LlamaConfig,
+    /// Of its caches.
+    kv: KvFormat,
     embedding: D::Embedding,
     layers: Vec<DecoderLayer<D>>,
     norm: OrderedNorm<D>,
@@ -78,8 +80,8 @@ impl<D: Backend> Llama<D> {
         self.linears().map(|linear| linear.weight_bytes()).sum()
     }
 
-    /// An empty cache for sequences of up to `max_tokens` tokens.
+    /// An empty cache for sequences of up to `max_tokens` tokens, of the format that [`LoadOptions::kv`] has said.
     pub fn cache(&self, max_tokens: usize) -> Result<KvCache<D>, LlamaError> {
-        KvCache::new(&self.device, &self.config, max_tokens)
+        KvCache::new(&self.device, &self.config, max_tokens, self.kv)
     }
 }

@@ -1,6 +1,7 @@
 //! The operations of a decoder on the CPU.
 
 mod attention;
+mod bytes;
 mod embedding;
 mod isa;
 mod kv;
@@ -82,6 +83,10 @@ impl Backend for Cpu {
 
     fn kv_store(&self, shape: KvShape) -> Result<CpuKvStore, KernelError> {
         CpuKvStore::new(shape)
+    }
+
+    fn kv_page_bytes(&self, shape: KvShape) -> usize {
+        kv::page_bytes(shape)
     }
 
     fn grow_kv(&self, store: &mut CpuKvStore, pages: usize) -> Result<(), KernelError> {

@@ -75,6 +75,7 @@ const OPS: &[&str] = &[
     "rope_append",
 ];
 const ATTENTION: &[&str] = &["attention_prefill", "attention_decode"];
+const DECODE8: &[&str] = &["attention_decode"];
 
 images! {
     "plain" &["plain"] =>
@@ -119,6 +120,15 @@ images! {
         "attention-f16-256-sm90"
         "attention-bf16-32-sm90" "attention-bf16-64-sm90" "attention-bf16-96-sm90" "attention-bf16-128-sm90"
         "attention-bf16-256-sm90";
+    "attention8" &["attention_prefill", "append_bytes"] =>
+        "attention8-f16-32" "attention8-f16-64" "attention8-f16-96" "attention8-f16-128" "attention8-f16-256"
+        "attention8-bf16-32" "attention8-bf16-64" "attention8-bf16-96" "attention8-bf16-128" "attention8-bf16-256";
+    "decode8-sm80" DECODE8 =>
+        "decode8-f16-32-sm80" "decode8-f16-64-sm80" "decode8-f16-96-sm80" "decode8-f16-128-sm80"
+        "decode8-bf16-32-sm80" "decode8-bf16-64-sm80" "decode8-bf16-96-sm80" "decode8-bf16-128-sm80";
+    "decode8-sm90" DECODE8 =>
+        "decode8-f16-32-sm90" "decode8-f16-64-sm90" "decode8-f16-96-sm90" "decode8-f16-128-sm90"
+        "decode8-bf16-32-sm90" "decode8-bf16-64-sm90" "decode8-bf16-96-sm90" "decode8-bf16-128-sm90";
 }
 
 /// The image of that name.

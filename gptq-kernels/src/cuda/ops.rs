@@ -86,6 +86,10 @@ impl<T: Element> Backend for CudaDevice<T> {
         CudaKvStore::new(self.stream(), shape)
     }
 
+    fn kv_page_bytes(&self, shape: KvShape) -> usize {
+        kv::page_bytes(shape)
+    }
+
     fn grow_kv(&self, store: &mut CudaKvStore<T>, pages: usize) -> Result<(), KernelError> {
         store.grow(self.stream(), pages)
     }
@@ -178,7 +182,7 @@ impl<T: Element> Backend for CudaDevice<T> {
         mut y: MatMut<'_, Self>,
         workspace: &mut Workspace<Self>,
     ) -> Result<(), KernelError> {
-        if attention::decodes(self, step, shape) {
+        if attention::decodes(self, step, shape, store) {
             return attention::decode(
                 self,
                 layer,

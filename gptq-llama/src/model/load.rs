@@ -7,7 +7,9 @@ use std::{
 };
 
 use gptq_format::{Checkpoint, PackedLinear};
-use gptq_kernels::{AttentionShape, Backend, CostTable, Epilogue, Fusion, KernelError, Selector, Workload};
+use gptq_kernels::{
+    AttentionShape, Backend, CostTable, Epilogue, Fusion, KernelError, KvFormat, Selector, Workload,
+};
 use rayon::prelude::*;
 
 use super::{DecoderLayer, Llama, capacity, norm::OrderedNorm};
@@ -38,16 +40,20 @@ pub struct LoadOptions {
     pub costs: Option<CostTable>,
     /// The calls that layers will have to answer. Only costs make a difference of it.
     pub workload: Workload,
+    /// What the model's caches keep keys and values as.
+    pub kv: KvFormat,
 }
 
 impl Default for LoadOptions {
-    /// No kernel by name, shipped costs, and a workload of prompts of 512 tokens with 128 new tokens each.
+    /// No kernel by name, shipped costs, a workload of prompts of 512 tokens with 128 new tokens each, and caches of the
+    /// activations' type.
     fn default() -> Self {
         Self {
             kernel: None,
             precision: Precision::default(),
             costs: None,
             workload: Workload::generation(PREFILL, 128),
+            kv: KvFormat::default(),
         }
     }
 }
@@ -78,6 +84,13 @@ impl LoadOptions {
     #[must_use]
     pub fn with_workload(mut self, workload: Workload) -> Self {
         self.workload = workload;
+        self
+    }
+
+    /// Sets [`kv`](Self::kv).
+    #[must_use]
+    pub fn with_kv(mut self, kv: KvFormat) -> Self {
+        self.kv = kv;
         self
     }
 }
@@ -127,7 +140,8 @@ impl<D: Backend> Llama<D> {
         };
         match parts(&config, source, &device, &prepare) {
             Ok(Parts { embedding, lm_head, norm, layers }) => {
-                Ok(Self { id: next_id(), device, config, embedding, layers, norm, lm_head })
+                let (id, kv) = (next_id(), options.kv);
+                Ok(Self { id, device, config, kv, embedding, layers, norm, lm_head })
             }
             // What has been loaded is gone by now.
             Err(error) => Err(capacity::explain_load(error, free, &config, source)),

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use gptq_kernels::{
-    KernelError, KvShape, MatRef, SequencePlan, StepPlan, Workspace, quantize::QuantizeBackend,
+    KernelError, KvFormat, KvShape, MatRef, SequencePlan, StepPlan, Workspace, quantize::QuantizeBackend,
 };
 
 use super::{
@@ -81,7 +81,8 @@ impl<'a, D: QuantizeBackend> Calibration<'a, D> {
         let longest = rows.longest();
         let (cos, sin) = config.rope.table(config.head_dim, longest);
         let pages = longest.div_ceil(D::PAGE_LEN);
-        let shape = KvShape { layers: 1, kv_heads: config.kv_heads, head_dim: config.head_dim, pages };
+        let (kv_heads, head_dim, format) = (config.kv_heads, config.head_dim, KvFormat::Activations);
+        let shape = KvShape { layers: 1, kv_heads, head_dim, pages, format };
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let alloc = |features: usize| device.alloc(longest * features);
         Ok(Self {

@@ -123,12 +123,13 @@ fn task_body<I: MulAdd>(
     let width = pages * PAGE_LEN;
     let origin = first_page * PAGE_LEN;
 
-    let needed = queries * (dim + width + padded);
+    let needed = queries * (dim + width + padded) + run.store.read_len();
     if scratch.len() < needed {
         scratch.resize(needed, 0.0);
     }
     let (q, rest) = scratch[..needed].split_at_mut(queries * dim);
-    let (scores, sums) = rest.split_at_mut(queries * width);
+    let (scores, rest) = rest.split_at_mut(queries * width);
+    let (sums, read) = rest.split_at_mut(queries * padded);
 
     let scale = 1.0 / (dim as f32).sqrt();
     for (i, q) in q.chunks_exact_mut(dim).enumerate() {
@@ -141,7 +142,7 @@ fn task_body<I: MulAdd>(
 
     let table = &run.step.pages[tile.first_page + first_page..][..pages];
     for (i, &page) in table.iter().enumerate() {
-        let keys = run.store.keys(run.layer, page as usize, kv_head);
+        let keys = run.store.keys(run.layer, page as usize, kv_head, read);
         micro::scores::<I>(q, dim, keys, &mut scores[i * PAGE_LEN..], width);
     }
 
@@ -162,7 +163,7 @@ fn task_body<I: MulAdd>(
     let end = tile.position + tile.rows - origin;
     for (i, &page) in table.iter().enumerate() {
         let keys = first.max(i * PAGE_LEN)..end.min((i + 1) * PAGE_LEN);
-        let values = run.store.values(run.layer, page as usize, kv_head);
+        let values = run.store.values(run.layer, page as usize, kv_head, read);
         let values = &values[(keys.start - i * PAGE_LEN) * padded..][..keys.len() * padded];
         micro::weighted_sums::<I>(&scores[keys.start..], width, values, padded, sums);
     }

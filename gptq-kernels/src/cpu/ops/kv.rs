@@ -1,7 +1,10 @@
 use rayon::prelude::*;
 
-use super::step::{CpuStep, PAGE_LEN, PageWrite};
-use crate::{AttentionShape, KernelError, KvShape};
+use super::{
+    bytes,
+    step::{CpuStep, PAGE_LEN, PageWrite},
+};
+use crate::{AttentionShape, KernelError, KvFormat, KvShape};
 
 /// Lanes that a row of values is padded to.
 pub(super) const LANES: usize = 16;
@@ -11,18 +14,124 @@ pub(super) const LANES: usize = 16;
 /// A page of keys of one head is stored transposed, `(head_dim, PAGE_LEN)`, so that scores of neighbouring keys lie
 /// side by side in a vector register; a page of values is `(PAGE_LEN, padded head_dim)`. Both are summed in the order
 /// of the head's features and of the positions, which makes each score and output independent of the vector width and
-/// of what else is computed.
+/// of what else is computed. Bytes lie as floats do, with a scale for each token and head beside them, and become floats page by
+/// page when they are read.
 pub struct CpuKvStore {
     shape: KvShape,
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
+    keys: Vec<Pages>,
+    values: Vec<Pages>,
+}
+
+/// Keys or values of one layer: floats, or codes and scales `(pages, heads, PAGE_LEN)`. What the format does not have is empty.
+#[derive(Clone, Default)]
+struct Pages {
+    floats: Vec<f32>,
+    codes: Vec<i8>,
+    scales: Vec<f32>,
+}
+
+/// A page of all heads.
+struct PageMut<'a> {
+    floats: &'a mut [f32],
+    codes: &'a mut [i8],
+    scales: &'a mut [f32],
+}
+
+/// Elements of a page of all heads.
+#[derive(Clone, Copy)]
+struct PageLen {
+    floats: usize,
+    codes: usize,
+    scales: usize,
+}
+
+impl PageLen {
+    fn new(shape: KvShape, features: usize) -> Self {
+        let tokens = shape.kv_heads * PAGE_LEN;
+        match shape.format {
+            KvFormat::Activations => Self { floats: tokens * features, codes: 0, scales: 0 },
+            KvFormat::Int8 => Self { floats: 0, codes: tokens * features, scales: tokens },
+        }
+    }
+
+    fn bytes(self) -> usize {
+        (self.floats + self.scales) * size_of::<f32>() + self.codes
+    }
+}
+
+/// Bytes that a page of every layer takes.
+pub(super) fn page_bytes(shape: KvShape) -> usize {
+    let values = shape.head_dim.next_multiple_of(LANES);
+    let page = PageLen::new(shape, shape.head_dim).bytes() + PageLen::new(shape, values).bytes();
+    shape.layers.saturating_mul(page)
+}
+
+fn grow<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> Result<(), KernelError> {
+    let more = len.saturating_sub(buffer.len());
+    buffer.try_reserve_exact(more).map_err(|_| KernelError::OutOfMemory { elements: len })?;
+    buffer.resize(buffer.len() + more, T::default());
+    Ok(())
+}
+
+/// The pages of `len` elements that are written. Writes are sorted by page and no page occurs twice, so that one walk hands out
+/// disjoint parts.
+fn written<'a, T>(
+    mut pages: &'a mut [T],
+    len: usize,
+    writes: &[PageWrite],
+) -> impl Iterator<Item = &'a mut [T]> {
+    let mut next = 0;
+    writes.iter().map(move |write| {
+        let (page, rest) = std::mem::take(&mut pages)[(write.page - next) * len..].split_at_mut(len);
+        (pages, next) = (rest, write.page + 1);
+        page
+    })
+}
+
+impl Pages {
+    fn grow(&mut self, pages: usize, page: PageLen) -> Result<(), KernelError> {
+        grow(&mut self.floats, pages * page.floats)?;
+        grow(&mut self.codes, pages * page.codes)?;
+        grow(&mut self.scales, pages * page.scales)
+    }
+
+    fn written<'a>(&'a mut self, page: PageLen, writes: &[PageWrite]) -> impl Iterator<Item = PageMut<'a>> {
+        let floats = written(&mut self.floats, page.floats, writes);
+        let codes = written(&mut self.codes, page.codes, writes);
+        let scales = written(&mut self.scales, page.scales, writes);
+        floats.zip(codes).zip(scales).map(|((floats, codes), scales)| PageMut { floats, codes, scales })
+    }
+}
+
+impl PageMut<'_> {
+    /// Stores feature `d` of what is `features` at `place(d)` of head `head`, whose page has `len` elements.
+    fn store(
+        &mut self,
+        format: KvFormat,
+        (head, slot): (usize, usize),
+        len: usize,
+        features: &[f32],
+        place: impl Fn(usize) -> usize,
+    ) {
+        match format {
+            KvFormat::Activations => {
+                let page = &mut self.floats[head * len..][..len];
+                features.iter().enumerate().for_each(|(d, &x)| page[place(d)] = x);
+            }
+            KvFormat::Int8 => {
+                let page = &mut self.codes[head * len..][..len];
+                let (scale, inverse) = bytes::grid(features);
+                features.iter().enumerate().for_each(|(d, &x)| page[place(d)] = bytes::code(x, inverse));
+                self.scales[head * PAGE_LEN + slot] = scale;
+            }
+        }
+    }
 }
 
 impl CpuKvStore {
     pub(super) fn new(shape: KvShape) -> Result<Self, KernelError> {
-        let mut store = Self { shape: KvShape { pages: 0, ..shape }, keys: Vec::new(), values: Vec::new() };
-        store.keys.resize(shape.layers, Vec::new());
-        store.values.resize(shape.layers, Vec::new());
+        let layers = vec![Pages::default(); shape.layers];
+        let mut store = Self { shape: KvShape { pages: 0, ..shape }, keys: layers.clone(), values: layers };
         store.grow(shape.pages)?;
         Ok(store)
     }
@@ -31,15 +140,9 @@ impl CpuKvStore {
         if pages <= self.shape.pages {
             return Ok(());
         }
-        let (key_len, value_len) = (self.key_page() * pages, self.value_page() * pages);
-        for (buffers, len) in [(&mut self.keys, key_len), (&mut self.values, value_len)] {
-            for buffer in buffers {
-                buffer
-                    .try_reserve_exact(len - buffer.len())
-                    .map_err(|_| KernelError::OutOfMemory { elements: len })?;
-                buffer.resize(len, 0.0);
-            }
-        }
+        let (key_page, value_page) = (self.key_page(), self.value_page());
+        self.keys.iter_mut().try_for_each(|layer| layer.grow(pages, key_page))?;
+        self.values.iter_mut().try_for_each(|layer| layer.grow(pages, value_page))?;
         self.shape.pages = pages;
         Ok(())
     }
@@ -48,26 +151,67 @@ impl CpuKvStore {
         self.shape.head_dim.next_multiple_of(LANES)
     }
 
-    /// Elements of a page of keys, all heads.
-    fn key_page(&self) -> usize {
-        self.shape.kv_heads * self.shape.head_dim * PAGE_LEN
+    fn key_page(&self) -> PageLen {
+        PageLen::new(self.shape, self.shape.head_dim)
     }
 
-    /// Elements of a page of values, all heads.
-    fn value_page(&self) -> usize {
-        self.shape.kv_heads * self.padded_head_dim() * PAGE_LEN
+    fn value_page(&self) -> PageLen {
+        PageLen::new(self.shape, self.padded_head_dim())
     }
 
-    /// `(head_dim, PAGE_LEN)`
-    pub(super) fn keys(&self, layer: usize, page: usize, head: usize) -> &[f32] {
-        let len = self.shape.head_dim * PAGE_LEN;
-        &self.keys[layer][page * self.key_page() + head * len..][..len]
+    /// Elements of `read` that [`keys`](Self::keys) and [`values`](Self::values) need.
+    pub(super) fn read_len(&self) -> usize {
+        match self.shape.format {
+            KvFormat::Activations => 0,
+            KvFormat::Int8 => self.padded_head_dim() * PAGE_LEN,
+        }
     }
 
-    /// `(PAGE_LEN, padded head_dim)`
-    pub(super) fn values(&self, layer: usize, page: usize, head: usize) -> &[f32] {
-        let len = self.padded_head_dim() * PAGE_LEN;
-        &self.values[layer][page * self.value_page() + head * len..][..len]
+    /// `(head_dim, PAGE_LEN)`, in `read` if they are not kept as floats.
+    pub(super) fn keys<'a>(
+        &'a self,
+        layer: usize,
+        page: usize,
+        head: usize,
+        read: &'a mut [f32],
+    ) -> &'a [f32] {
+        let (len, at) = (self.shape.head_dim * PAGE_LEN, page * self.shape.kv_heads + head);
+        let layer = &self.keys[layer];
+        if self.shape.format == KvFormat::Activations {
+            return &layer.floats[at * len..][..len];
+        }
+        let (read, scales) = (&mut read[..len], &layer.scales[at * PAGE_LEN..][..PAGE_LEN]);
+        let codes = layer.codes[at * len..][..len].chunks_exact(PAGE_LEN);
+        for (read, codes) in read.chunks_exact_mut(PAGE_LEN).zip(codes) {
+            for ((read, &code), &scale) in read.iter_mut().zip(codes).zip(scales) {
+                *read = f32::from(code) * scale;
+            }
+        }
+        read
+    }
+
+    /// `(PAGE_LEN, padded head_dim)`, in `read` if they are not kept as floats.
+    pub(super) fn values<'a>(
+        &'a self,
+        layer: usize,
+        page: usize,
+        head: usize,
+        read: &'a mut [f32],
+    ) -> &'a [f32] {
+        let padded = self.padded_head_dim();
+        let (len, at) = (padded * PAGE_LEN, page * self.shape.kv_heads + head);
+        let layer = &self.values[layer];
+        if self.shape.format == KvFormat::Activations {
+            return &layer.floats[at * len..][..len];
+        }
+        let (read, scales) = (&mut read[..len], &layer.scales[at * PAGE_LEN..][..PAGE_LEN]);
+        let codes = layer.codes[at * len..][..len].chunks_exact(padded);
+        for ((read, codes), &scale) in read.chunks_exact_mut(padded).zip(codes).zip(scales) {
+            for (read, &code) in read.iter_mut().zip(codes) {
+                *read = f32::from(code) * scale;
+            }
+        }
+        read
     }
 
     pub(super) fn check(
@@ -103,46 +247,28 @@ impl CpuKvStore {
         stride: usize,
     ) {
         let (key_page, value_page) = (self.key_page(), self.value_page());
-        let padded = self.padded_head_dim();
-        let key_offset = shape.heads * shape.head_dim;
-        let value_offset = key_offset + shape.kv_heads * shape.head_dim;
-        let copy = |write: &PageWrite, keys: &mut [f32], values: &mut [f32]| {
+        let (format, dim, padded) = (self.shape.format, shape.head_dim, self.padded_head_dim());
+        let key_offset = shape.heads * dim;
+        let value_offset = key_offset + shape.kv_heads * dim;
+        let copy = |(write, (mut keys, mut values)): (&PageWrite, (PageMut<'_>, PageMut<'_>))| {
             for head in 0..shape.kv_heads {
-                let keys = &mut keys[head * shape.head_dim * PAGE_LEN..];
-                let values = &mut values[head * padded * PAGE_LEN..];
                 for i in 0..write.rows {
                     let row = &qkv[(write.row + i) * stride..];
                     let slot = write.slot + i;
-                    let key = &row[key_offset + head * shape.head_dim..][..shape.head_dim];
-                    for (d, &k) in key.iter().enumerate() {
-                        keys[d * PAGE_LEN + slot] = k;
-                    }
-                    let value = &row[value_offset + head * shape.head_dim..][..shape.head_dim];
-                    values[slot * padded..][..shape.head_dim].copy_from_slice(value);
+                    let key = &row[key_offset + head * dim..][..dim];
+                    keys.store(format, (head, slot), dim * PAGE_LEN, key, |d| d * PAGE_LEN + slot);
+                    let value = &row[value_offset + head * dim..][..dim];
+                    values.store(format, (head, slot), padded * PAGE_LEN, value, |d| slot * padded + d);
                 }
             }
         };
-        let (keys, values) = (&mut self.keys[layer], &mut self.values[layer]);
+        let keys = self.keys[layer].written(key_page, &step.writes);
+        let pages = keys.zip(self.values[layer].written(value_page, &step.writes));
+        let jobs = step.writes.iter().zip(pages);
         if step.rows() < PAGE_LEN {
-            for write in &step.writes {
-                copy(
-                    write,
-                    &mut keys[write.page * key_page..][..key_page],
-                    &mut values[write.page * value_page..][..value_page],
-                );
-            }
-            return;
+            jobs.for_each(copy);
+        } else {
+            jobs.collect::<Vec<_>>().into_par_iter().for_each(copy);
         }
-        // Writes are sorted by page and no page occurs twice, so one walk hands out disjoint parts.
-        let mut jobs = Vec::with_capacity(step.writes.len());
-        let (mut keys, mut values, mut next) = (keys.as_mut_slice(), values.as_mut_slice(), 0);
-        for write in &step.writes {
-            let skip = write.page - next;
-            let (key, key_rest) = keys[skip * key_page..].split_at_mut(key_page);
-            let (value, value_rest) = values[skip * value_page..].split_at_mut(value_page);
-            jobs.push((write, key, value));
-            (keys, values, next) = (key_rest, value_rest, write.page + 1);
-        }
-        jobs.into_par_iter().for_each(|(write, key, value)| copy(write, key, value));
     }
 }

@@ -1,11 +1,11 @@
 use super::{
     CudaKvStore, CudaOrder, CudaRope, CudaStep, expect_below, expect_shape,
-    functions::AttentionKernels,
+    functions::{MOST_DECODE_DIM, padded_dim},
     split::{Decoding, QUERIES, Split},
     step::{CHUNK_PAGES, PAGE_LEN, TICKETS},
 };
 use crate::{
-    AttentionShape, Device, KernelError, MatMut, MatRef, Workspace,
+    AttentionShape, Device, KernelError, KvFormat, MatMut, MatRef, Workspace,
     cuda::{CudaDevice, Element, driver::Launch},
 };
 
@@ -14,13 +14,10 @@ const THREADS: u32 = 128;
 const ROPE_THREADS: u32 = 256;
 /// Positions of a chunk, as in `page.cuh`.
 const CHUNK: usize = CHUNK_PAGES * PAGE_LEN;
-/// Padded heads up to which `decode` works: its threads have a pair of features each, half of them of the new key and half
-/// of the new value.
-const MOST_DECODE_DIM: usize = 128;
 /// Blocks along y of a grid.
 const MOST_BLOCKS: usize = 65_535;
 
-/// `RopeArgs` of `ops.cu`.
+/// `RopeArgs` of `decoder.cuh`.
 #[repr(C)]
 struct RopeArgs {
     qkv: u64,
@@ -88,46 +85,53 @@ fn chunks(step: &CudaStep, shape: AttentionShape) -> usize {
     step.shape().chunks.min(window)
 }
 
-/// The kernels and how chunks are divided, if the decoding kernel can do the step.
-fn decoding<'a, T: Element>(
-    device: &'a CudaDevice<T>,
+/// How chunks are divided, if the decoding kernel can do the step.
+fn decoding<T: Element>(
+    device: &CudaDevice<T>,
     step: &CudaStep,
     shape: AttentionShape,
-) -> Option<(&'a AttentionKernels, Split)> {
+    format: KvFormat,
+) -> Option<Split> {
     let jobs = step.rows() * parts(shape);
     if !step.shape().single || jobs > MOST_BLOCKS || parts(shape) > TICKETS {
         return None;
     }
-    let kernels = device.attention_kernels(shape.head_dim).ok()?;
-    if kernels.dim > MOST_DECODE_DIM {
-        return None;
-    }
+    let dim = padded_dim(shape.head_dim).filter(|&dim| dim <= MOST_DECODE_DIM)?;
     let decoding = Decoding {
         jobs,
         queries: QUERIES.min(shape.heads / shape.kv_heads.max(1)),
-        dim: kernels.dim,
+        dim,
+        format,
         chunks: chunks(step, shape),
         multiprocessors: device.multiprocessors() as usize,
         memory: device.decode_memory(),
         clusters: device.hopper(),
     };
-    Some((kernels, decoding.split()?))
+    decoding.split()
 }
 
-pub(super) fn decodes<T: Element>(device: &CudaDevice<T>, step: &CudaStep, shape: AttentionShape) -> bool {
-    decoding(device, step, shape).is_some()
+pub(super) fn decodes<T: Element>(
+    device: &CudaDevice<T>,
+    step: &CudaStep,
+    shape: AttentionShape,
+    store: &CudaKvStore<T>,
+) -> bool {
+    decoding(device, step, shape, store.format()).is_some()
 }
 
-/// Partial sums and states of all chunks, where blocks share them that do not read each other's memory.
+/// Partial sums and states of all chunks, where blocks share them that do not read each other's memory: what is enough for
+/// any format of keys and values.
 pub(super) fn workspace_len<T: Element>(
     device: &CudaDevice<T>,
     step: &CudaStep,
     shape: AttentionShape,
 ) -> usize {
-    match decoding(device, step, shape) {
-        Some((kernels, Split { blocks: 2.., kept: 0, .. })) => {
-            let chunks = chunks(step, shape);
-            step.rows() * shape.heads * chunks * (kernels.dim + 2) * size_of::<f32>() / size_of::<T>()
+    let shared = [KvFormat::Activations, KvFormat::Int8].into_iter().any(|format| {
+        matches!(decoding(device, step, shape, format), Some(Split { blocks: 2.., kept: 0, .. }))
+    });
+    match padded_dim(shape.head_dim) {
+        Some(dim) if shared => {
+            step.rows() * shape.heads * chunks(step, shape) * (dim + 2) * size_of::<f32>() / size_of::<T>()
         }
         _ => 0,
     }
@@ -161,6 +165,20 @@ pub(super) fn rope_append<T: Element>(
     if step.rows() == 0 {
         return Ok(());
     }
+    let limit = 257;
+    let too_large = KernelError::Argument { what: "head_dim", got: shape.head_dim, limit };
+    let padded = padded_dim(shape.head_dim).ok_or(too_large)?;
+    // Images for bytes are those of older GPUs here, and wait for nothing.
+    let in_bytes = store.format() == KvFormat::Int8;
+    let (name, function) = match store.format() {
+        KvFormat::Activations => ("rope_append", Some(&device.row_kernels()?.rope_append)),
+        KvFormat::Int8 => {
+            let kernels = device.attention_kernels(shape.head_dim, KvFormat::Int8)?;
+            ("append_bytes", kernels.append_bytes.as_ref())
+        }
+    };
+    let missing = KernelError::Gpu { during: "storing keys and values", message: format!("no {name}") };
+    let function = function.ok_or(missing)?;
     let stride = qkv.row_stride();
     let qkv = qkv.into_data();
     let mut args = RopeArgs {
@@ -177,14 +195,15 @@ pub(super) fn rope_append<T: Element>(
         heads: shape.heads as u32,
         kv_heads: shape.kv_heads as u32,
         head_dim: shape.head_dim as u32,
-        padded: device.attention_kernels(shape.head_dim)?.dim as u32,
+        padded: padded as u32,
     };
     let blocks = step.rows() + step.shape().tiles * shape.kv_heads;
     expect_below("rows", blocks, i32::MAX as usize)?;
     let launch = device.shape((blocks as u32, 1), ROPE_THREADS, 0);
+    let launch = Launch { programmatic: launch.programmatic && !in_bytes, ..launch };
     // SAFETY: `RopeArgs` field by field; `check` has compared qkv and the store with the step, whose pages and positions
     // are inside of the store and the tables; all are borrowed.
-    unsafe { device.row_kernels()?.rope_append.launch("rope_append", launch, qkv.stream(), &mut args) }
+    unsafe { function.launch(name, launch, qkv.stream(), &mut args) }
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -240,7 +259,7 @@ pub(super) fn prefill<T: Element>(
     if step.rows() == 0 {
         return Ok(());
     }
-    let kernels = device.attention_kernels(shape.head_dim)?;
+    let kernels = device.attention_kernels(shape.head_dim, store.format())?;
     let y_stride = y.row_stride();
     let y = y.into_data();
     let mut args = args(layer, shape, step, store, &qkv, y.address(), y_stride);
@@ -250,6 +269,7 @@ pub(super) fn prefill<T: Element>(
     args.vectors = u32::from(aligned && strides && shape.head_dim.is_multiple_of(8));
     let grid = (step.shape().tiles as u32, (shape.kv_heads * group) as u32);
     let launch = device.shape(grid, THREADS, kernels.prefill_shared);
+    let launch = Launch { programmatic: launch.programmatic && store.format() != KvFormat::Int8, ..launch };
     // SAFETY: `AttentionArgs` field by field; `check` has compared qkv and the store with the step, whose pages are inside
     // of the store; y was compared; all are borrowed. This kernel does not use the fields that are zero.
     unsafe { kernels.prefill.launch("attention_prefill", launch, y.stream(), &mut args) }
@@ -278,7 +298,9 @@ pub(super) fn decode<T: Element>(
         order.check(shape.out_features())?;
     }
     let unfit = KernelError::Argument { what: "rows", got: step.rows(), limit: MOST_BLOCKS + 1 };
-    let (kernels, split) = decoding(device, step, shape).ok_or(unfit)?;
+    let kernels = device.attention_kernels(shape.head_dim, store.format())?;
+    let split = decoding(device, step, shape, store.format());
+    let (kernel, split) = kernels.decode.as_ref().zip(split).ok_or(unfit)?;
     let partials = workspace.take(workspace_len(device, step, shape))?;
     let y_stride = y.row_stride();
     let y = y.into_data();
@@ -293,5 +315,5 @@ pub(super) fn decode<T: Element>(
     // SAFETY: as in `prefill`; besides, `rope` has all positions, the partial sums have room for every chunk and the step's
     // tickets for every row; the places are columns of y; shared memory is as `Split` says. Keys and values of earlier steps and the step are read ahead of the wait: no kernel of this
     // step writes them, and its first waits for everything before.
-    unsafe { kernels.decode.launch("attention_decode", launch, y.stream(), &mut args) }
+    unsafe { kernel.launch("attention_decode", launch, y.stream(), &mut args) }
 }

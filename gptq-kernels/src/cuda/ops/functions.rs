@@ -1,7 +1,8 @@
 use std::sync::{Mutex, OnceLock};
 
+use super::kv::PageBytes;
 use crate::{
-    KernelError,
+    KernelError, KvFormat,
     cuda::{
         CudaDevice, Element,
         driver::{Function, Launch},
@@ -12,6 +13,10 @@ use crate::{
 /// Features of a head that attention kernels are made for; other heads are padded with zeros to the next.
 const DIMS: [usize; 5] = [32, 64, 96, 128, 256];
 
+/// Padded heads up to which there is `attention_decode`: its threads have a pair of features each, half of them of the new key and
+/// half of the new value.
+pub(super) const MOST_DECODE_DIM: usize = 128;
+
 /// `head_dim` with its padding, `None` if no kernel has it.
 pub(super) fn padded_dim(head_dim: usize) -> Option<usize> {
     DIMS.into_iter().find(|&dim| head_dim <= dim)
@@ -21,7 +26,8 @@ pub(super) fn padded_dim(head_dim: usize) -> Option<usize> {
 #[derive(Default)]
 pub(in crate::cuda) struct Operations {
     rows: OnceLock<RowKernels>,
-    attention: [OnceLock<AttentionKernels>; DIMS.len()],
+    /// For each format of keys and values.
+    attention: [[OnceLock<AttentionKernels>; DIMS.len()]; 2],
     /// What `argmax` reads back through.
     pub(super) readback: Mutex<Option<Readback>>,
 }
@@ -44,13 +50,14 @@ pub(super) struct RowKernels {
 
 /// `attention.cu`
 pub(super) struct AttentionKernels {
-    pub(super) dim: usize,
     pub(super) prefill: Function,
     pub(super) prefill_shared: usize,
     /// Pages in shared memory.
     pub(super) stages: u32,
-    /// May use all shared memory that a block can have.
-    pub(super) decode: Function,
+    /// May use all shared memory that a block can have; none for heads above [`MOST_DECODE_DIM`].
+    pub(super) decode: Option<Function>,
+    /// What stores keys and values as bytes.
+    pub(super) append_bytes: Option<Function>,
 }
 
 /// The value, made by `make` if there is none yet.
@@ -99,28 +106,49 @@ impl<T: Element> CudaDevice<T> {
         })
     }
 
-    /// The attention kernels for heads of that size.
+    /// The attention kernels for heads of that size and keys and values of that format.
     ///
     /// Errors: [`KernelError::Argument`] if it is above 256.
-    pub(super) fn attention_kernels(&self, head_dim: usize) -> Result<&AttentionKernels, KernelError> {
+    pub(super) fn attention_kernels(
+        &self,
+        head_dim: usize,
+        format: KvFormat,
+    ) -> Result<&AttentionKernels, KernelError> {
         let most = DIMS[DIMS.len() - 1];
         let index = DIMS.into_iter().position(|dim| head_dim <= dim);
         let too_large = KernelError::Argument { what: "head_dim", got: head_dim, limit: most + 1 };
         let index = index.ok_or(too_large)?;
-        get_or_load(&self.operations().attention[index], || {
+        get_or_load(&self.operations().attention[usize::from(format == KvFormat::Int8)][index], || {
             let (dim, most) = (DIMS[index], self.shared_memory());
-            let image = self.image(&format!("attention-{}-{dim}", T::NAME))?;
+            let (prefill, decode) = match format {
+                KvFormat::Activations => {
+                    let image = self.image(&format!("attention-{}-{dim}", T::NAME))?;
+                    (image.clone(), image)
+                }
+                KvFormat::Int8 => (
+                    format!("attention8-{}-{dim}", T::NAME),
+                    self.image(&format!("decode8-{}-{dim}", T::NAME))?,
+                ),
+            };
             // As `attention.cu` lays it out: queries, sums, and pages of keys and values.
-            let page = 2 * 64 * dim * 2;
+            let PageBytes { keys, values } = PageBytes::new(format, dim);
+            let page = keys + values;
             let fixed = 4 * 16 * dim * 2 + dim / 8 * 128 * 16;
             let stages = if fixed + 2 * page <= most { 2 } else { 1 };
             let prefill_shared = fixed + stages * page;
+            let load = |image: &str, entry, shared| self.images().function(image, entry, shared);
+            let decodes = dim <= MOST_DECODE_DIM;
             Ok(AttentionKernels {
-                dim,
-                prefill: self.images().function(&image, "attention_prefill", prefill_shared)?,
+                prefill: load(&prefill, "attention_prefill", prefill_shared)?,
                 prefill_shared,
                 stages: stages as u32,
-                decode: self.images().function(&image, "attention_decode", self.decode_memory())?,
+                decode: decodes
+                    .then(|| load(&decode, "attention_decode", self.decode_memory()))
+                    .transpose()?,
+                append_bytes: match format {
+                    KvFormat::Activations => None,
+                    KvFormat::Int8 => Some(load(&prefill, "append_bytes", 0)?),
+                },
             })
         })
     }

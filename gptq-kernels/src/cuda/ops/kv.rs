@@ -1,15 +1,42 @@
-use std::sync::Arc;
+use std::{marker::PhantomData, sync::Arc};
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 use super::{expect_below, functions::padded_dim, step::PAGE_LEN};
 use crate::{
-    AttentionShape, KernelError, KvShape,
+    AttentionShape, KernelError, KvFormat, KvShape,
     cuda::{
         Element,
         driver::{gpu_error, zeros},
     },
 };
+
+/// Bytes of a page of one head.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PageBytes {
+    pub(super) keys: usize,
+    pub(super) values: usize,
+}
+
+impl PageBytes {
+    /// As `page.cuh` and `bytes.cuh` have them, `dim` the padded `head_dim`.
+    pub(super) fn new(format: KvFormat, dim: usize) -> Self {
+        match format {
+            KvFormat::Activations => Self { keys: PAGE_LEN * dim * 2, values: PAGE_LEN * dim * 2 },
+            // Scales of keys and of values are behind the keys.
+            KvFormat::Int8 => {
+                Self { keys: PAGE_LEN * dim + 2 * PAGE_LEN * size_of::<f32>(), values: PAGE_LEN * dim }
+            }
+        }
+    }
+}
+
+/// Bytes that a page of every layer takes.
+pub(super) fn page_bytes(shape: KvShape) -> usize {
+    // A head that is too large has no store.
+    let page = PageBytes::new(shape.format, padded_dim(shape.head_dim).unwrap_or(shape.head_dim));
+    shape.layers.saturating_mul(shape.kv_heads).saturating_mul(page.keys + page.values)
+}
 
 /// Keys and values of every layer in pages.
 ///
@@ -18,12 +45,13 @@ use crate::{
 /// table on the device, so that recorded steps stay valid when the store grows.
 pub struct CudaKvStore<T> {
     shape: KvShape,
-    dim: usize,
-    keys: Vec<CudaSlice<T>>,
-    values: Vec<CudaSlice<T>>,
+    page: PageBytes,
+    keys: Vec<CudaSlice<u8>>,
+    values: Vec<CudaSlice<u8>>,
     /// Addresses of keys and values, for each layer.
     table: CudaSlice<u64>,
     table_address: u64,
+    activations: PhantomData<T>,
 }
 
 impl<T: Element> CudaKvStore<T> {
@@ -35,7 +63,9 @@ impl<T: Element> CudaKvStore<T> {
         let table_address = table.device_ptr(stream).0;
         let (keys, values) = (empty()?, empty()?);
         let shape_now = KvShape { pages: 0, ..shape };
-        let mut store = Self { shape: shape_now, dim, keys, values, table, table_address };
+        let page = PageBytes::new(shape.format, dim);
+        let activations = PhantomData;
+        let mut store = Self { shape: shape_now, page, keys, values, table, table_address, activations };
         store.grow(stream, shape.pages)?;
         Ok(store)
     }
@@ -46,37 +76,40 @@ impl<T: Element> CudaKvStore<T> {
         }
         // Kernels count pages times heads in 32 bits.
         expect_below("pages", pages, u32::MAX as usize / self.shape.kv_heads.max(1))?;
-        let len = pages * self.shape.kv_heads * PAGE_LEN * self.dim;
-        let old_len = self.shape.pages * self.shape.kv_heads * PAGE_LEN * self.dim;
+        let of_all = |pages: usize, page: usize| (pages * self.shape.kv_heads).saturating_mul(page);
+        let PageBytes { keys, values } = self.page;
+        let (old_pages, mut grown) = (self.shape.pages, Ok(()));
         let failed = |error| gpu_error("growing the key-value store", error);
-        let mut grown = Ok(());
-        for slice in self.keys.iter_mut().chain(&mut self.values) {
+        // A slice of `bytes` with what `slice` has in its first `old` bytes.
+        let moved = |slice: &CudaSlice<u8>, bytes: usize, old: usize| -> Result<_, KernelError> {
+            let mut other = zeros::<u8>(stream, bytes)?;
+            if old > 0 {
+                let (from, mut to) = (slice.slice(..old), other.slice_mut(..old));
+                stream.memcpy_dtod(&from, &mut to).map_err(failed)?;
+            }
+            Ok(other)
+        };
+        let slices = self.keys.iter_mut().map(|slice| (slice, keys));
+        let slices = slices.chain(self.values.iter_mut().map(|slice| (slice, values)));
+        for (slice, page) in slices {
+            let (len, old_len) = (of_all(pages, page), of_all(old_pages, page));
             if slice.len() >= len {
                 continue; // what an attempt that failed could not give back
             }
-            grown = zeros::<T>(stream, len).and_then(|mut larger| {
-                if old_len > 0 {
-                    let (from, mut to) = (slice.slice(..old_len), larger.slice_mut(..old_len));
-                    stream.memcpy_dtod(&from, &mut to).map_err(failed)?;
-                }
-                *slice = larger;
-                Ok(())
-            });
+            grown = moved(slice, len, old_len).map(|larger| *slice = larger);
             if grown.is_err() {
                 break;
             }
         }
         if grown.is_err() {
             // What has grown already would be missing where less might fit.
-            for slice in self.keys.iter_mut().chain(&mut self.values) {
+            let slices = self.keys.iter_mut().map(|slice| (slice, keys));
+            for (slice, page) in slices.chain(self.values.iter_mut().map(|slice| (slice, values))) {
+                let old_len = of_all(old_pages, page);
                 if slice.len() <= old_len.max(1) {
                     continue;
                 }
-                let Ok(mut smaller) = zeros::<T>(stream, old_len) else { break };
-                if old_len > 0 {
-                    let (from, mut to) = (slice.slice(..old_len), smaller.slice_mut(..old_len));
-                    stream.memcpy_dtod(&from, &mut to).map_err(failed)?;
-                }
+                let Ok(smaller) = moved(slice, old_len, old_len) else { break };
                 *slice = smaller;
             }
         }
@@ -102,6 +135,10 @@ impl<T: Element> CudaKvStore<T> {
             Some(last) => expect_below("page", last, self.shape.pages),
             None => Ok(()),
         }
+    }
+
+    pub(super) fn format(&self) -> KvFormat {
+        self.shape.format
     }
 
     /// Where the addresses of a layer's keys and values are.

@@ -1,4 +1,5 @@
-use super::step::{CHUNK_PAGES, PAGE_LEN};
+use super::{kv::PageBytes, step::CHUNK_PAGES};
+use crate::KvFormat;
 
 /// Queries of a warp, as in `page.cuh`.
 pub(super) const QUERIES: usize = 16;
@@ -16,6 +17,8 @@ pub(super) struct Decoding {
     pub(super) queries: usize,
     /// Features of a head with its padding.
     pub(super) dim: usize,
+    /// What keys and values are kept as.
+    pub(super) format: KvFormat,
     /// Chunks of pages of the longest row.
     pub(super) chunks: usize,
     pub(super) multiprocessors: usize,
@@ -42,10 +45,13 @@ pub(super) struct Split {
 impl Decoding {
     /// As `decode` of `attention.cu` lays it out.
     fn shared(&self, stages: usize, kept: usize) -> usize {
-        let (half_page, row, sums) = (PAGE_LEN * self.dim * 2, self.dim * 2, self.queries * self.dim * 4);
+        let (row, sums) = (self.dim * 2, self.queries * self.dim * 4);
+        // Halves of a page have room for keys, and new codes and their scales for both.
+        let half_page = PageBytes::new(self.format, self.dim).keys;
+        let codes = if self.format == KvFormat::Int8 { 2 * (self.dim + size_of::<f32>()) } else { 0 };
         let rings = CHUNK_PAGES * stages * (half_page + 8);
         let states = QUERIES * 8 * (CHUNK_PAGES + 2 + kept);
-        rings + (QUERIES + 2) * row + states + sums * (CHUNK_PAGES + kept.max(1))
+        rings + (QUERIES + 2) * row + states + sums * (CHUNK_PAGES + kept.max(1)) + codes
     }
 
     /// The division that should take least time, `None` if the kernel does not fit.
@@ -91,6 +97,7 @@ mod tests {
         jobs: 32,
         queries: 1,
         dim: 128,
+        format: KvFormat::Activations,
         chunks: 1,
         multiprocessors: 132,
         memory: 232_192,
@@ -120,7 +127,8 @@ mod tests {
         for memory in [48 << 10, 99 << 10, 163 << 10, 227 << 10] {
             for dim in [32, 64, 96, 128, 256] {
                 for (jobs, queries, chunks) in [(1, 16, 512), (8, 8, 64), (300, 1, 4), (70_000, 2, 16)] {
-                    let decoding = Decoding { jobs, queries, dim, chunks, memory, ..H200 };
+                    let format = if chunks == 16 { KvFormat::Int8 } else { KvFormat::Activations };
+                    let decoding = Decoding { jobs, queries, dim, format, chunks, memory, ..H200 };
                     match decoding.split() {
                         Some(split) => {
                             assert!(split.shared <= memory && split.blocks <= chunks, "{decoding:?}");

@@ -1,4 +1,6 @@
-use crate::{AttentionShape, Backend, KvShape, MatMut, MatRef, SequencePlan, StepPlan, Workspace, cpu::Cpu};
+use crate::{
+    AttentionShape, Backend, KvFormat, KvShape, MatMut, MatRef, SequencePlan, StepPlan, Workspace, cpu::Cpu,
+};
 
 /// Numbers in `[-1, 1)` that look random: a linear congruential generator, Knuth's constants.
 fn noise(len: usize, seed: u64) -> Vec<f32> {
@@ -21,8 +23,9 @@ struct Fixture {
 }
 
 impl Fixture {
-    fn new(shape: AttentionShape) -> Self {
-        let kv = KvShape { layers: LAYERS, kv_heads: shape.kv_heads, head_dim: shape.head_dim, pages: 1 };
+    fn new(shape: AttentionShape, format: KvFormat) -> Self {
+        let (kv_heads, head_dim) = (shape.kv_heads, shape.head_dim);
+        let kv = KvShape { layers: LAYERS, kv_heads, head_dim, pages: 1, format };
         let half = shape.head_dim / 2;
         let angle = |i: usize| (i / half) as f64 / 10f64.powf((i % half) as f64 / half as f64);
         let cos: Vec<f32> = (0..POSITIONS * half).map(|i| angle(i).cos() as f32).collect();
@@ -69,6 +72,18 @@ impl Fixture {
     }
 }
 
+const FORMATS: [KvFormat; 2] = [KvFormat::Activations, KvFormat::Int8];
+
+/// What is read of a head that is kept in a format.
+fn kept(head: &[f32], format: KvFormat) -> Vec<f32> {
+    let largest = head.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let round = |x: &f32| (x * (127.0 / largest)).round_ties_even() * (largest / 127.0);
+    match format {
+        KvFormat::Activations => head.to_vec(),
+        KvFormat::Int8 => head.iter().map(round).collect(),
+    }
+}
+
 const SHAPES: [AttentionShape; 5] = [
     AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, window: None },
     AttentionShape { heads: 3, kv_heads: 3, head_dim: 20, window: None },
@@ -79,11 +94,16 @@ const SHAPES: [AttentionShape; 5] = [
 
 #[test]
 fn equals_float64() {
-    for shape in SHAPES {
+    for (shape, format) in SHAPES.into_iter().flat_map(|shape| FORMATS.map(|format| (shape, format))) {
         let rows = 150;
         let mut qkv = noise(rows * shape.qkv_features(), 1);
-        let y =
-            Fixture::new(shape).step(&[SequencePlan { rows: 0..rows, past: 0, pages: &[3, 9, 4] }], &mut qkv);
+        let y = Fixture::new(shape, format)
+            .step(&[SequencePlan { rows: 0..rows, past: 0, pages: &[3, 9, 4] }], &mut qkv);
+        for row in qkv.chunks_mut(shape.qkv_features()) {
+            for head in row[shape.heads * shape.head_dim..].chunks_mut(shape.head_dim) {
+                head.copy_from_slice(&kept(head, format));
+            }
+        }
         let (dim, group) = (shape.head_dim, shape.heads / shape.kv_heads);
         let at =
             |row: usize, head: usize, d: usize| f64::from(qkv[row * shape.qkv_features() + head * dim + d]);
@@ -116,19 +136,19 @@ fn equals_float64() {
 
 #[test]
 fn batches_and_chunks_change_no_bit() {
-    for shape in SHAPES {
+    for (shape, format) in SHAPES.into_iter().flat_map(|shape| FORMATS.map(|format| (shape, format))) {
         let (cols, width) = (shape.qkv_features(), shape.out_features());
         let (a, b) = (noise(200 * cols, 2), noise(77 * cols, 3));
         let alone = |qkv: &[f32], pages: &[u32]| {
             let mut qkv = qkv.to_vec();
             let rows = qkv.len() / cols;
-            Fixture::new(shape).step(&[SequencePlan { rows: 0..rows, past: 0, pages }], &mut qkv)
+            Fixture::new(shape, format).step(&[SequencePlan { rows: 0..rows, past: 0, pages }], &mut qkv)
         };
         let (want_a, want_b) = (alone(&a, &[0, 1, 2, 3]), alone(&b, &[5, 6]));
 
         // The same two sequences, side by side, in steps of uneven size; the last steps are single tokens.
         let (pages_a, pages_b) = ([7, 1, 12, 3], [0, 2]);
-        let mut fixture = Fixture::new(shape);
+        let mut fixture = Fixture::new(shape, format);
         let (mut past_a, mut past_b) = (0, 0);
         for (take_a, take_b) in [(61, 1), (5, 0), (100, 70), (33, 5), (1, 1)] {
             let mut qkv = b[past_b * cols..(past_b + take_b) * cols].to_vec();
@@ -151,18 +171,24 @@ fn batches_and_chunks_change_no_bit() {
 fn stale_pages_do_not_leak() {
     let shape = SHAPES[0];
     let cols = shape.qkv_features();
-    let mut fixture = Fixture::new(shape);
-    let mut poison = vec![f32::NAN; 64 * cols];
-    fixture.step(&[SequencePlan { rows: 0..64, past: 0, pages: &[4] }], &mut poison);
-    let mut qkv = noise(3 * cols, 5);
-    let y = fixture.step(&[SequencePlan { rows: 0..3, past: 0, pages: &[4] }], &mut qkv);
-    assert!(y.iter().all(|v| v.is_finite()));
+    for format in FORMATS {
+        let mut fixture = Fixture::new(shape, format);
+        let mut poison = vec![f32::NAN; 64 * cols];
+        fixture.step(&[SequencePlan { rows: 0..64, past: 0, pages: &[4] }], &mut poison);
+        let mut qkv = noise(3 * cols, 5);
+        let y = fixture.step(&[SequencePlan { rows: 0..3, past: 0, pages: &[4] }], &mut qkv);
+        assert!(y.iter().all(|v| v.is_finite()));
+        // A token that is not finite is not hidden.
+        let mut qkv = vec![f32::NAN; cols];
+        let y = fixture.step(&[SequencePlan { rows: 0..1, past: 3, pages: &[4] }], &mut qkv);
+        assert!(y.iter().all(|v| v.is_nan()));
+    }
 }
 
 #[test]
 fn positions_beyond_the_table_are_refused() {
     let shape = SHAPES[0];
-    let mut fixture = Fixture::new(shape);
+    let mut fixture = Fixture::new(shape, KvFormat::Activations);
     let mut step = Cpu.new_step().unwrap();
     let sequences = [SequencePlan { rows: 0..1, past: POSITIONS, pages: &[0, 1, 2, 3, 4, 5, 6] }];
     Cpu.set_step(
