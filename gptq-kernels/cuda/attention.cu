@@ -507,7 +507,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_prefill(const __grid
     prefill<IMAGE_PAGES<IMAGE_HALF, IMAGE_DIM>>(args);
 }
 #endif
-#if IMAGE_DECODE
+#if IMAGE_DECODE && IMAGE_DIM <= 128
 extern "C" __global__ void __launch_bounds__(128, IMAGE_DIM > 128 ? 1 : 3) attention_decode(const __grid_constant__ AttentionArgs args) {
     decode<IMAGE_PAGES<IMAGE_HALF, IMAGE_DIM>>(args);
 }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use gptq_kernels::cpu::Cpu;
+use gptq_kernels::{KvFormat, cpu::Cpu};
 use gptq_llama::{
     Feed, GenerateOptions, Generator, KvCache, Llama, LlamaConfig, LlamaError, LoadOptions, MemoryWeights,
     Sampling, SequenceId, Wanted, generate,
@@ -19,8 +19,12 @@ fn config(extra: &str) -> LlamaConfig {
 }
 
 fn model(config: LlamaConfig) -> Llama<Cpu> {
+    model_with(config, KvFormat::Activations)
+}
+
+fn model_with(config: LlamaConfig, kv: KvFormat) -> Llama<Cpu> {
     let weights = MemoryWeights::random(&config, 3);
-    Llama::from_source(config, &weights, Cpu, &LoadOptions::default()).unwrap()
+    Llama::from_source(config, &weights, Cpu, &LoadOptions::default().with_kv(kv)).unwrap()
 }
 
 fn tokens(len: usize, seed: u32) -> Vec<u32> {
@@ -45,8 +49,9 @@ fn alone(model: &Llama<Cpu>, tokens: &[u32]) -> Array2<f32> {
 
 #[test]
 fn batched_prefill_and_decode_change_no_bit() {
-    for extra in ["", r#", "use_sliding_window": true, "sliding_window": 40, "max_window_layers": 1"#] {
-        let model = model(config(extra));
+    let window = r#", "use_sliding_window": true, "sliding_window": 40, "max_window_layers": 1"#;
+    for (extra, kv) in [("", KvFormat::Activations), (window, KvFormat::Activations), ("", KvFormat::Int8)] {
+        let model = model_with(config(extra), kv);
         let (a, b, c) = (tokens(150, 1), tokens(90, 2), tokens(7, 3));
         let (want_a, want_b, want_c) = (alone(&model, &a), alone(&model, &b), alone(&model, &c));
         let mut cache = model.cache(150).unwrap();
@@ -80,6 +85,17 @@ fn batched_prefill_and_decode_change_no_bit() {
             assert_eq!(got.row(2), want_b.row(81 + i));
         }
     }
+}
+
+/// How near they are, attention's own tests say.
+#[test]
+fn keys_and_values_in_bytes() {
+    let [whole, bytes] = [KvFormat::Activations, KvFormat::Int8].map(|kv| model_with(config(""), kv));
+    let tokens = tokens(150, 1);
+    assert_ne!(alone(&whole, &tokens), alone(&bytes, &tokens), "nothing was rounded");
+    // 3 layers of 2 heads: 24 features of keys and 32 of values, padded, as floats, or as codes and two scales.
+    let [whole, bytes] = [whole, bytes].map(|model| model.cache(10).unwrap().bytes_per_token());
+    assert_eq!((whole, bytes), (6 * 4 * (24 + 32), 6 * (24 + 32 + 8)));
 }
 
 #[test]

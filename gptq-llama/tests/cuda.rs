@@ -14,7 +14,7 @@ use std::{collections::VecDeque, path::PathBuf};
 use gptq_core::GptqConfig;
 use gptq_format::{Bits, Checkpoint, CodesRef, PackedLinear, TensorFile};
 use gptq_kernels::{
-    Backend, Device,
+    Backend, Device, KvFormat,
     cpu::Cpu,
     cuda::{CudaDevice, Element},
 };
@@ -242,17 +242,18 @@ fn random_model(seed: u64, extra: &str, act_order: bool) -> (LlamaConfig, Memory
 }
 
 fn load<T: Element>(device: &CudaDevice<T>, seed: u64, extra: &str) -> Llama<CudaDevice<T>> {
-    load_model(device, random_model(seed, extra, false))
+    load_model(device, random_model(seed, extra, false), KvFormat::Activations)
 }
 
 fn load_model<T: Element>(
     device: &CudaDevice<T>,
     (config, weights): (LlamaConfig, MemoryWeights<'static>),
+    kv: KvFormat,
 ) -> Llama<CudaDevice<T>> {
     // A kernel with one class of rows, so that any batch gives the same bits.
     let names: Vec<_> = device.kernels().iter().map(|kernel| kernel.name()).collect();
     let kernel = ["cuda-gemv-sm90", "cuda-plain"].into_iter().find(|name| names.contains(name));
-    let options = LoadOptions::default().with_kernel(kernel.map(str::to_owned));
+    let options = LoadOptions::default().with_kernel(kernel.map(str::to_owned)).with_kv(kv);
     Llama::from_source(config, &weights, device.clone(), &options).unwrap()
 }
 
@@ -336,26 +337,62 @@ fn schedule<T: Element>(model: &Llama<CudaDevice<T>>, cache: &mut KvCache<CudaDe
     }
 }
 
-fn schedules<T: Element>(count: u64) {
+fn schedules<T: Element>(count: u64, kv: KvFormat) {
     let Some(device) = gpu::<T>() else { return };
     for extra in ["", WINDOW] {
-        let model = load(&device, 3, extra);
+        let model = load_model(&device, random_model(3, extra, false), kv);
         let mut cache = model.cache(700).unwrap();
         for seed in 0..count / 2 {
             schedule(&model, &mut cache, seed);
         }
     }
-    println!("{}: {count} schedules", T::NAME);
+    println!("{} {kv:?}: {count} schedules", T::NAME);
 }
 
 #[test]
 fn batches_change_no_bit_in_fp16() {
-    schedules::<f16>(1000);
+    schedules::<f16>(1000, KvFormat::Activations);
 }
 
 #[test]
 fn batches_change_no_bit_in_bf16() {
-    schedules::<bf16>(100);
+    schedules::<bf16>(100, KvFormat::Activations);
+}
+
+#[test]
+fn batches_change_no_bit_of_what_is_kept_in_bytes() {
+    schedules::<f16>(60, KvFormat::Int8);
+    schedules::<bf16>(20, KvFormat::Int8);
+}
+
+/// Keys and values in bytes on both devices: what they do to a perplexity, and that they do it alike.
+fn bytes_are_those_of_the_cpu<T: Element>() {
+    let Some(device) = gpu::<T>() else { return };
+    let (config, source, rows) = tiny_books();
+    let options = |kv| LoadOptions::default().with_precision(Precision::Float32).with_kv(kv);
+    let measure = |kv| {
+        let cpu = Llama::from_source(config.clone(), &source, Cpu, &options(kv)).unwrap();
+        let gpu = Llama::from_source(config.clone(), &source, device.clone(), &options(kv)).unwrap();
+        let bytes = gpu.cache(100).unwrap().bytes_per_token();
+        let value = |result: Result<gptq_llama::Perplexity, LlamaError>| result.unwrap().value();
+        (value(perplexity(&cpu, &rows, |_, _| {})), value(perplexity(&gpu, &rows, |_, _| {})), bytes)
+    };
+    let (_, whole, whole_bytes) = measure(KvFormat::Activations);
+    let (cpu, gpu, bytes) = measure(KvFormat::Int8);
+    println!("{}: perplexity {whole:.5}, in bytes {gpu:.5}, in bytes on the CPU {cpu:.5}", T::NAME);
+    assert!((gpu / cpu - 1.0).abs() <= 1e-3 * T::UNIT / f16::UNIT, "{gpu} {cpu}");
+    // A code for each of the 64 features of a head and a scale, instead of two bytes for each.
+    assert_eq!(bytes * 128, whole_bytes * (64 + 4));
+}
+
+#[test]
+fn bytes_are_those_of_the_cpu_in_fp16() {
+    bytes_are_those_of_the_cpu::<f16>();
+}
+
+#[test]
+fn bytes_are_those_of_the_cpu_in_bf16() {
+    bytes_are_those_of_the_cpu::<bf16>();
 }
 
 /// Norms and attention write in the orders of the layers behind them, and outputs of gate and up are permuted: the model is
@@ -366,7 +403,8 @@ fn act_ordered_layers_take_their_input_in_order() {
         let Some(device) = gpu::<T>() else { return };
         for extra in ["", WINDOW] {
             let (config, weights) = random_model(3, extra, true);
-            let model = load_model(&device, (config.clone(), random_model(3, extra, true).1));
+            let weights = (config.clone(), random_model(3, extra, true).1);
+            let model = load_model(&device, weights, KvFormat::Activations);
             assert!(model.linears().all(|linear| linear.input_order().is_some()));
             let precise = LoadOptions::default().with_precision(Precision::Float32);
             let cpu = Llama::from_source(config, &weights, Cpu, &precise).unwrap();

@@ -112,14 +112,12 @@ images! {
     "ops-sm90" OPS => "ops-f16-sm90" "ops-bf16-sm90";
     "attention-sm80" ATTENTION =>
         "attention-f16-32-sm80" "attention-f16-64-sm80" "attention-f16-96-sm80" "attention-f16-128-sm80"
-        "attention-f16-256-sm80"
-        "attention-bf16-32-sm80" "attention-bf16-64-sm80" "attention-bf16-96-sm80" "attention-bf16-128-sm80"
-        "attention-bf16-256-sm80";
+        "attention-bf16-32-sm80" "attention-bf16-64-sm80" "attention-bf16-96-sm80" "attention-bf16-128-sm80";
+    "attention-sm80" &["attention_prefill"] => "attention-f16-256-sm80" "attention-bf16-256-sm80";
     "attention-sm90" ATTENTION =>
         "attention-f16-32-sm90" "attention-f16-64-sm90" "attention-f16-96-sm90" "attention-f16-128-sm90"
-        "attention-f16-256-sm90"
-        "attention-bf16-32-sm90" "attention-bf16-64-sm90" "attention-bf16-96-sm90" "attention-bf16-128-sm90"
-        "attention-bf16-256-sm90";
+        "attention-bf16-32-sm90" "attention-bf16-64-sm90" "attention-bf16-96-sm90" "attention-bf16-128-sm90";
+    "attention-sm90" &["attention_prefill"] => "attention-f16-256-sm90" "attention-bf16-256-sm90";
     "attention8" &["attention_prefill", "append_bytes"] =>
         "attention8-f16-32" "attention8-f16-64" "attention8-f16-96" "attention8-f16-128" "attention8-f16-256"
         "attention8-bf16-32" "attention8-bf16-64" "attention8-bf16-96" "attention8-bf16-128" "attention8-bf16-256";
