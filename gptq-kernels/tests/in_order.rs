@@ -5,8 +5,8 @@
 
 use gptq_format::{Bits, CodesRef, PackedLinear};
 use gptq_kernels::{
-    AttentionShape, Backend, Epilogue, Fusion, KernelError, KvShape, Linear, LinearSpec, MatMut, MatRef,
-    RmsNorm, SequencePlan, StepPlan, WeightFormat, Workspace,
+    AttentionShape, Backend, Epilogue, Fusion, KernelError, KvFormat, KvShape, Linear, LinearSpec, MatMut,
+    MatRef, RmsNorm, SequencePlan, StepPlan, WeightFormat, Workspace,
     cpu::{self, Cpu},
     reference::Reference,
 };
@@ -197,7 +197,7 @@ fn attention_writes_in_order() {
     let order = Cpu.order(&columns).unwrap();
     let (cos, sin) = (noise(rows * 4, 1), noise(rows * 4, 2));
     let attend = |order| {
-        let kv = KvShape { layers: 1, kv_heads: 2, head_dim: 8, pages: 1 };
+        let kv = KvShape { layers: 1, kv_heads: 2, head_dim: 8, pages: 1, format: KvFormat::Activations };
         let (mut store, rope) = (Cpu.kv_store(kv).unwrap(), Cpu.rope(&cos, &sin, 8).unwrap());
         let mut step = Cpu.new_step().unwrap();
         let sequences = [SequencePlan { rows: 0..rows, past: 0, pages: &[0] }];

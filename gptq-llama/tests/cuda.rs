@@ -403,8 +403,8 @@ fn act_ordered_layers_take_their_input_in_order() {
         let Some(device) = gpu::<T>() else { return };
         for extra in ["", WINDOW] {
             let (config, weights) = random_model(3, extra, true);
-            let weights = (config.clone(), random_model(3, extra, true).1);
-            let model = load_model(&device, weights, KvFormat::Activations);
+            let ordered = (config.clone(), random_model(3, extra, true).1);
+            let model = load_model(&device, ordered, KvFormat::Activations);
             assert!(model.linears().all(|linear| linear.input_order().is_some()));
             let precise = LoadOptions::default().with_precision(Precision::Float32);
             let cpu = Llama::from_source(config, &weights, Cpu, &precise).unwrap();
