@@ -1,24 +1,26 @@
 //! Linear layers on a GPU, as a decoder would run them: recorded in a CUDA graph, over rotated copies of the weight.
 //!
 //! ```text
-//! cargo bench -p gptq-benches --features cuda --bench cuda_linear [-- [--tsv] [--costs=FILE] [--kernels=NAME,...] FILTER...]
+//! cargo bench -p gptq-benches --features cuda --bench cuda_linear [-- [--tsv] [--selected] [--costs=FILE] [--kernels=NAME,...] FILTER...]
 //! ```
 //!
 //! Copies of a layer are together at least 512 MB, so that no time is one that the L2 cache has served. Times are medians
-//! of replays, after each of which the GPU rests if there are many rows, with the fastest and slowest beside them; errors are of the same kernel on the same data, against float64,
-//! as `|y - exact| / |exact|` over 64 outputs of every row. FILTER keeps the lines that contain one of them, such as
-//! `4096x11008 fp16 sym M=1 `. Without names of kernels, all run but `cuda-plain`, which is there to be right. Without a
-//! GPU it says so. `--tsv` prints lines for another program, `peers/gpu_linear.py`: shape, type, kind, rows, kernel,
+//! of replays, after each of which the GPU rests if there are many rows, with the fastest and slowest beside them; errors
+//! are of the same kernel on the same data, against float64, as `|y - exact| / |exact|` over 64 outputs of every row. FILTER keeps the lines that contain one of them, such as
+//! `4096x11008 fp16 sym M=1 `. Without names of kernels, all run but `cuda-plain`, which is there to be right; with
+//! `--selected`, only those that `select()` takes for some of the lines. Without a GPU it says so. `--tsv` prints lines for another program, `peers/gpu_linear.py`: shape, type, kind, rows, kernel,
 //! median, fastest, slowest, error, 1 if `select()` takes this kernel for calls of so many rows, separated by tabs. It goes by the
 //! costs that ship, or by those in FILE.
 
 // A table on the terminal is what this program is for, and it ends with the first error.
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
+mod layer;
+
 use std::{path::Path, thread, time::Duration};
 
 use cudarc::driver::sys;
-use gptq_format::{Bits, CodesRef, PackedLinear};
+use gptq_format::Bits;
 use gptq_kernels::{
     CostTable, Device, Epilogue, KernelError, Linear, LinearSpec, MatMut, MatRef, Selector, Workload,
     Workspace,
@@ -26,7 +28,7 @@ use gptq_kernels::{
     reference::Reference,
 };
 use half::{bf16, f16};
-use rayon::prelude::*;
+use layer::{Layer, symmetric};
 
 /// Input features, output features.
 const SHAPES: [(usize, usize); 4] = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)];
@@ -44,6 +46,7 @@ const HOPELESS: f32 = 8.0;
 struct Kind {
     name: &'static str,
     bits: Bits,
+    group: usize,
     sym: bool,
     act_order: bool,
     /// Whether x comes in the layer's order.
@@ -54,17 +57,20 @@ struct Kind {
 const SYM: Kind = Kind {
     name: "sym",
     bits: Bits::B4,
+    group: GROUP,
     sym: true,
     act_order: false,
     in_order: false,
     epilogue: Epilogue::Store,
 };
-const KINDS: [Kind; 5] = [
+const KINDS: [Kind; 7] = [
     SYM,
     Kind { name: "asym", sym: false, ..SYM },
     Kind { name: "act", act_order: true, ..SYM },
     Kind { name: "in-order", act_order: true, in_order: true, ..SYM },
     Kind { name: "sym8", bits: Bits::B8, ..SYM },
+    Kind { name: "g64", group: 64, ..SYM },
+    Kind { name: "g32", group: 32, ..SYM },
 ];
 
 /// The layers of a Llama-2-7B decoder, fused: q, k and v; o; gate and up; down.
@@ -74,46 +80,6 @@ const DECODER: [(usize, usize, Kind); 4] = [
     (4096, 22016, Kind { name: "silu", epilogue: Epilogue::SiluMul, ..SYM }),
     (11008, 4096, Kind { name: "add", epilogue: Epilogue::Add, ..SYM }),
 ];
-
-/// A number that looks random.
-fn hash(mut v: u64) -> u64 {
-    v = (v ^ (v >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
-    v = (v ^ (v >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-    v ^ (v >> 33)
-}
-
-/// In -1..1.
-fn symmetric(v: u64) -> f32 {
-    (hash(v) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-}
-
-fn layer(k: usize, n: usize, kind: Kind) -> PackedLinear {
-    let groups = k / GROUP;
-    let most = u64::from(kind.bits.max_code());
-    let codes: Vec<u8> = (0..k * n).into_par_iter().map(|i| (hash(i as u64) & most) as u8).collect();
-    let middle = (most / 2 + 1) as u8;
-    let zeros: Vec<u8> =
-        (0..groups * n).map(|i| if kind.sym { middle } else { (hash(i as u64) >> 8 & most) as u8 }).collect();
-    let scales: Vec<f32> = (0..groups * n).map(|i| 0.006 + 0.004 * symmetric(i as u64)).collect();
-    let mut g_idx: Vec<u32> = (0..k).map(|i| (i / GROUP) as u32).collect();
-    if kind.act_order {
-        for i in (1..k).rev() {
-            g_idx.swap(i, hash(i as u64) as usize % (i + 1));
-        }
-    }
-    PackedLinear::pack(&CodesRef {
-        bits: kind.bits,
-        group_size: GROUP,
-        in_features: k,
-        out_features: n,
-        codes: &codes,
-        zeros: &zeros,
-        scales: &scales,
-        g_idx: &g_idx,
-        bias: None,
-    })
-    .unwrap()
-}
 
 /// Median, fastest and slowest microseconds of one layer of `layers`, with `rows` rows; and the relative error.
 fn measure<T: Element>(
@@ -189,7 +155,18 @@ fn measure<T: Element>(
     ([times[REPLAYS / 2], times[0], times[REPLAYS - 1]], (error / size).sqrt())
 }
 
-fn table<T: Element>(dtype: &str, tsv: bool, costs: Option<&str>, names: &[String], filters: &[String]) {
+/// What the command line says.
+struct Options {
+    tsv: bool,
+    only_selected: bool,
+    costs: Option<String>,
+    names: Vec<String>,
+    filters: Vec<String>,
+}
+
+fn table<T: Element>(dtype: &str, options: &Options) {
+    let Options { tsv, only_selected, costs, names, filters } = options;
+    let (tsv, only_selected) = (*tsv, *only_selected);
     let device = match CudaDevice::<T>::new(0) {
         Ok(device) => device,
         Err(reason) => return println!("not run: {reason}"),
@@ -218,15 +195,19 @@ fn table<T: Element>(dtype: &str, tsv: bool, costs: Option<&str>, names: &[Strin
         if !ROWS.into_iter().any(wanted) {
             continue;
         }
-        let packed = layer(k, n, kind);
+        let Kind { bits, group: group_size, sym, act_order, .. } = kind;
+        let packed = Layer { in_features: k, out_features: n, bits, group_size, sym, act_order }.packed();
+        let spec = LinearSpec::of(&packed).fused(&kind.epilogue.into());
         let reference = Reference::new(&packed);
         let mut least = [f32::INFINITY; ROWS.len()];
         for kernel in &kernels {
-            let named = match names {
+            let named = match &names[..] {
                 [] => kernel.name() != "cuda-plain",
                 names => names.iter().any(|name| name == kernel.name()),
             };
-            if !named {
+            let taken =
+                || ROWS.into_iter().any(|rows| wanted(rows) && selected(&spec, rows) == kernel.name());
+            if !named || only_selected && !taken() {
                 continue;
             }
             let prepare = || match kind.in_order {
@@ -271,13 +252,18 @@ fn table<T: Element>(dtype: &str, tsv: bool, costs: Option<&str>, names: &[Strin
 fn main() {
     let (options, filters): (Vec<String>, Vec<String>) =
         std::env::args().skip(1).partition(|arg| arg.starts_with("--"));
-    let names: Vec<String> = options
-        .iter()
-        .filter_map(|option| option.strip_prefix("--kernels="))
-        .flat_map(|names| names.split(',').map(str::to_owned))
-        .collect();
-    let tsv = options.iter().any(|option| option == "--tsv");
-    let costs = options.iter().find_map(|option| option.strip_prefix("--costs="));
-    table::<f16>("fp16", tsv, costs, &names, &filters);
-    table::<bf16>("bf16", tsv, costs, &names, &filters);
+    let has = |flag: &str| options.iter().any(|option| option == flag);
+    let value = |flag| options.iter().find_map(|option| option.strip_prefix(flag));
+    let options = Options {
+        tsv: has("--tsv"),
+        only_selected: has("--selected"),
+        costs: value("--costs=").map(str::to_owned),
+        names: value("--kernels=")
+            .into_iter()
+            .flat_map(|names| names.split(',').map(str::to_owned))
+            .collect(),
+        filters,
+    };
+    table::<f16>("fp16", &options);
+    table::<bf16>("bf16", &options);
 }

@@ -14,21 +14,22 @@
 // What was selected has to be said somewhere; criterion's macros write undocumented functions.
 #![allow(clippy::print_stdout, clippy::unwrap_used, missing_docs)]
 
+mod layer;
+
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use gptq_format::{Bits, CodesRef, PackedLinear};
+use gptq_format::{Bits, PackedLinear};
 use gptq_kernels::{
     CostTable, Device, LinearKernel, LinearSpec, MatMut, MatRef, Measurement, Selector, Workload, Workspace,
     cpu,
 };
-
-/// Input features, output features, bits, group size.
-type Layer = (usize, usize, Bits, usize);
+use layer::Layer;
 
 /// What is measured on a device.
 struct Plan {
-    layers: &'static [Layer],
+    /// Input features, output features, bits, group size.
+    layers: &'static [(usize, usize, Bits, usize)],
     rows: &'static [usize],
     /// Bytes of all copies of a layer.
     rotated_bytes: usize,
@@ -56,31 +57,6 @@ const GPU: Plan = Plan {
     rows: &[1, 8, 16, 64, 256],
     rotated_bytes: 256 << 20,
 };
-
-fn layer(k: usize, n: usize, bits: Bits, group_size: usize) -> PackedLinear {
-    let mut state = 1u64;
-    let mut random = move || {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (state >> 33) as u8 & bits.max_code()
-    };
-    let groups = k / group_size;
-    let codes: Vec<u8> = (0..k * n).map(|_| random()).collect();
-    let zeros = vec![1 << (bits.get() - 1); groups * n];
-    let scales = vec![0.01; groups * n];
-    let g_idx: Vec<u32> = (0..k).map(|i| (i / group_size) as u32).collect();
-    PackedLinear::pack(&CodesRef {
-        bits,
-        group_size,
-        in_features: k,
-        out_features: n,
-        codes: &codes,
-        zeros: &zeros,
-        scales: &scales,
-        g_idx: &g_idx,
-        bias: None,
-    })
-    .unwrap()
-}
 
 /// The costs that ship, or else those of this machine, now.
 fn costs<D: Device>(
@@ -111,7 +87,10 @@ fn bench<D: Device>(
     plan: &Plan,
 ) {
     println!("{name}: {}", device.model());
-    let layers: Vec<PackedLinear> = plan.layers.iter().map(|&(k, n, bits, g)| layer(k, n, bits, g)).collect();
+    let made = plan.layers.iter().map(|&(in_features, out_features, bits, group_size)| {
+        Layer { in_features, out_features, bits, group_size, sym: true, act_order: false }.packed()
+    });
+    let layers: Vec<PackedLinear> = made.collect();
     let specs: Vec<LinearSpec> = layers.iter().map(LinearSpec::of).collect();
     let table = costs(device, kernels, &specs, plan);
     for (packed, spec) in layers.iter().zip(&specs) {

@@ -1,25 +1,29 @@
 #!/usr/bin/env python3
 """Linear layers on a GPU, side by side in one run: this project's kernels, cuBLAS in fp16, tinygemm's int4 (both as
 PyTorch calls them), and Humming's if its package is installed (`pip install humming-kernels`; it compiles its kernels when
-they are first called).
+they are first called, which takes longer than all else; `--compile` only compiles, all at once, and keeps the kernels where
+Humming looks for them).
 
-    python3 benches/peers/gpu_linear.py [--ours PROGRAM] [--costs FILE] [--kernels NAME,...] [--rows 1,16]
-                                           [--our-rows 1,2] [KxN...]
+    python3 benches/peers/gpu_linear.py [--compile] [--ours PROGRAM] [--costs FILE] [--kernels NAME,...] [--rows 1,16]
+                                           [--our-rows 1,2] [--peers cublas,tinygemm,humming] [KxN...]
 
 PROGRAM is the bench `cuda_linear`, which times in the same way: built by `.ci/gpu-bundle` (it is then found beside this
 script's folder), or `cargo bench -p gptq-benches --features cuda --bench cuda_linear --no-run`, which says where it is.
 
 Copies of each weight are together at least 512 MB and are visited in turn in one CUDA graph; times are medians of
-replays, after each of which the GPU rests if there are many rows, with the fastest and slowest. Errors are |y - exact| / |exact| against a float64 product with the very weights that
-the kernel multiplies by. All int4 weights are symmetric, in groups of 128. All are timed on one shape before the next
+replays, after each of which the GPU rests if there are many rows, with the fastest and slowest. Errors are |y - exact| /
+|exact| against a float64 product with the very weights that the kernel multiplies by. All int4 weights are symmetric, in groups of 128. All are timed on one shape before the next
 begins. A table in Markdown ends the output: of our kernels it has the one that `select()` takes, by the costs that ship or by
-FILE, which `measure_costs` has written; and in parentheses a faster one, if there is any.
+FILE, which `measure_costs` has written; and in parentheses a faster one, if there is any among those that were timed (NAMEs,
+or all that `select()` takes for some number of rows of the shape).
 """
 
 import argparse
 import concurrent.futures
+import copy
 import os
 import subprocess
+import sys
 import time
 
 import torch
@@ -27,6 +31,10 @@ import torch
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672)]
 ROWS = [1, 16, 64, 256, 2048]
 GROUP, ROTATED_BYTES, REPLAYS = 128, 512 << 20, 15
+# Slow peers are replayed less often: after so many seconds, but five times at least.
+SECONDS, LEAST_REPLAYS = 0.4, 5
+# Beyond that tinygemm, which is for few rows, takes milliseconds.
+TINYGEMM_ROWS = 64
 # With so many rows or more, the GPU rests three times as long as a replay took after each: it is at its power limit
 # otherwise, and a time depends on how long it has been busy.
 RESTING_ROWS = 256
@@ -44,8 +52,10 @@ def graph_time(call, weights, rows):
     with torch.cuda.graph(graph):
         for weight in weights:
             call(weight)
-    times = []
-    for _ in range(REPLAYS + 2):
+    times, begin = [], time.monotonic()
+    while len(times) < REPLAYS + 2:
+        if len(times) >= LEAST_REPLAYS + 2 and time.monotonic() - begin > SECONDS:
+            break
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -68,9 +78,9 @@ def cublas(k, n, all_rows):
     weights = [torch.randn(n, k, device="cuda", dtype=torch.float16) / 64 for _ in range(copies)]
     for rows in all_rows:
         x = torch.randn(rows, k, device="cuda", dtype=torch.float16)
-        time = graph_time(lambda w: torch.nn.functional.linear(x, w), weights, rows)
+        took = graph_time(lambda w: torch.nn.functional.linear(x, w), weights, rows)
         y = torch.nn.functional.linear(x, weights[0])
-        yield "cuBLAS fp16", rows, time, error(y, x.double() @ weights[0].double().T)
+        yield "cuBLAS fp16", rows, took, error(y, x.double() @ weights[0].double().T)
 
 
 def random_int4(k, n):
@@ -92,15 +102,14 @@ def tinygemm(k, n, all_rows):
     grid = torch.stack([scales, torch.zeros_like(scales)], 2).to(torch.bfloat16).contiguous()
     weights = [packed.clone() for _ in range(copies)]
     exact_weight = dequantised(codes, scales)
-    # Beyond that it takes milliseconds.
-    for rows in (rows for rows in all_rows if rows <= 256):
+    for rows in (rows for rows in all_rows if rows <= TINYGEMM_ROWS):
         x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
         multiply = lambda w: torch.ops.aten._weight_int4pack_mm(x, w, GROUP, grid)
-        time = graph_time(multiply, weights, rows)
-        yield "tinygemm bf16", rows, time, error(multiply(weights[0]), x.double() @ exact_weight.T)
+        took = graph_time(multiply, weights, rows)
+        yield "tinygemm bf16", rows, took, error(multiply(weights[0]), x.double() @ exact_weight.T)
 
 
-def humming(k, n, all_rows):
+def humming(k, n, all_rows, only_compile=False):
     try:
         from humming.layer import HummingLayer
     except ImportError as reason:
@@ -127,15 +136,18 @@ def humming(k, n, all_rows):
         made.transform()
         return made
 
-    layers = [layer() for _ in range(copies)]
+    layers = [layer()]
+    layers += [copy.deepcopy(layers[0]) for _ in range(0 if only_compile else copies - 1)]
     inputs = {rows: torch.randn(rows, k, device="cuda", dtype=torch.float16) for rows in all_rows}
     # A kernel for each number of rows, compiled side by side.
     with concurrent.futures.ThreadPoolExecutor(len(all_rows)) as pool:
         list(pool.map(lambda x: layers[0](x), inputs.values()))
+    if only_compile:
+        return
     exact_weight = dequantised(codes, scales)
     for rows, x in inputs.items():
-        time = graph_time(lambda made: made(x), layers, rows)
-        yield "Humming fp16", rows, time, error(layers[0](x), x.double() @ exact_weight.T)
+        took = graph_time(lambda made: made(x), layers, rows)
+        yield "Humming fp16", rows, took, error(layers[0](x), x.double() @ exact_weight.T)
 
 
 class Ours:
@@ -147,7 +159,7 @@ class Ours:
         self.more_rows = more_rows
         self.command = [program, "--tsv"]
         self.command += [f"--costs={costs}"] if costs else []
-        self.command += [f"--kernels={kernels}"] if kernels else []
+        self.command += [f"--kernels={kernels}"] if kernels else ["--selected"]
         self.selected = {}
 
     def __call__(self, k, n, all_rows):
@@ -164,8 +176,21 @@ class Ours:
             yield name, rows, tuple(map(float, cells[5:8])), float(cells[8])
 
 
+def compile_humming(shapes, rows):
+    """A process for each shape, and a thread for each number of rows."""
+    if len(shapes) == 1:
+        list(humming(*shapes[0], rows, only_compile=True))
+        return
+    command = [sys.executable, __file__, "--compile", "--rows", ",".join(map(str, rows))]
+    processes = [subprocess.Popen([*command, f"{k}x{n}"]) for k, n in shapes]
+    for process in processes:
+        process.wait()
+
+
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--peers", default="cublas,tinygemm,humming")
     parser.add_argument("--ours", default=OURS)
     parser.add_argument("--costs")
     parser.add_argument("--kernels")
@@ -174,25 +199,30 @@ def main():
     parser.add_argument("shapes", nargs="*")
     options = parser.parse_args()
     all_rows = [int(rows) for rows in options.rows.split(",")]
+    shapes = [(k, n) for k, n in SHAPES if not options.shapes or f"{k}x{n}" in options.shapes]
+    if options.compile:
+        compile_humming(shapes, all_rows)
+        return
     more_rows = [int(rows) for rows in options.our_rows.split(",") if rows]
     ours = Ours(options.ours, options.costs, options.kernels, more_rows)
     if not os.path.exists(options.ours):
         print(f"ours not run: there is no {options.ours}")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     found = {}
-    for shape in SHAPES:
+    peers = [peer for peer in (cublas, tinygemm, humming) if peer.__name__ in options.peers.split(",")]
+    for shape in shapes:
         k, n = shape
-        if options.shapes and f"{k}x{n}" not in options.shapes:
-            continue
-        for peer in (ours, cublas, tinygemm, humming) if os.path.exists(options.ours) else (cublas, tinygemm, humming):
+        for peer in [ours, *peers] if os.path.exists(options.ours) else peers:
+            begin = time.monotonic()
             torch.cuda.empty_cache()
             try:
-                for name, rows, time, err in peer(k, n, all_rows):
-                    found.setdefault((shape, rows), []).append((time, err, name, peer.__name__))
-                    line = f"{k}x{n} M={rows:<4} {name:<16} {time[0]:8.2f} ({time[1]:8.2f}, {time[2]:8.2f}) us"
+                for name, rows, took, err in peer(k, n, all_rows):
+                    found.setdefault((shape, rows), []).append((took, err, name, peer.__name__))
+                    line = f"{k}x{n} M={rows:<4} {name:<16} {took[0]:8.2f} ({took[1]:8.2f}, {took[2]:8.2f}) us"
                     print(f"{line}  error {err:.1e}", flush=True)
             except Exception as reason:  # A peer that fails must not hide the others.
                 print(f"{k}x{n} {peer.__name__} failed: {type(reason).__name__}: {reason}", flush=True)
+            print(f"{k}x{n} {peer.__name__}: {time.monotonic() - begin:.1f} s", flush=True)
     table(found, ours.selected)
 
 

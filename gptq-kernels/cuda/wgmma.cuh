@@ -1,6 +1,21 @@
 // The instructions of sm_90a: `wgmma`, tensor maps, register hand-over; one small function each.
 #pragma once
-#include "hopper.cuh"
+#include "unit.cuh"
+
+// Codes as operand A of `wgmma`.
+template <class Half>
+struct Expander : Dequantizer<Half> {};
+
+// Without a shift, which the pipe that is the limit would do: the upper code in a pair of fp16 from 1024 + 16 code to 1024 + code,
+// whose bits are 2^66 (128 + code) in bfloat16. All of it is exact.
+template <>
+struct Expander<Bf16> : Dequantizer<Bf16> {
+    static DEVICE void expand(u32& a, u32& b, u32 codes, const Zero (&z)[2]) {
+        const u32 upper = Fp16::fma2(and_or<0x00F000F0u, 0x64006400u>(codes), 0x2C002C00u, 0x63806380u);
+        a = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes), z[0].low);
+        b = Bf16::fma2(upper, 0x1E801E80u, z[1].low);
+    }
+};
 
 // A tensor map of the driver.
 struct alignas(64) TensorMap {

@@ -9,6 +9,9 @@ struct WgmmaArgs {
     const u8* units;  // (ceil(n / 32), k_units) units
     u16* y;           // (rows, columns), y_stride apart
     const u16* bias;  // (n), fp16, in the order of the units, or null
+    float* partials;  // of `wgmma_many`: (blocks, tile) sums of tiles that two blocks share, or null if none do
+    u64* arrivals;    // (blocks) `ticket` as soon as a block's sums are there
+    u64 ticket;       // of this launch
     u32 rows, n;
     u32 k_units;
     u32 y_stride;
@@ -20,6 +23,7 @@ struct WgmmaArgs {
     u32 y_vectors;    // and to eight
     u32 scale_factor; // of `wgmma_many`, a power of two that scales are multiplied by in fp16, twice
     float sum_factor; // its reciprocal
+    u32 whole;        // tiles of each block before the shared ones
 };
 
 constexpr u32 ADD = 1, SILU_MUL = 2;

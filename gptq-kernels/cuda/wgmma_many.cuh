@@ -27,6 +27,9 @@ DEVICE void store_shared_16(u32 address, uint4 v) {
 // Waits for `threads` threads, a multiple of 32, at barrier `name`.
 DEVICE void named_barrier(u32 name, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 
+// Counts this thread in there, and does not wait.
+DEVICE void named_barrier_arrive(u32 name, u32 threads) { asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
+
 // Eight halves of row `to`, of which `count` exist.
 DEVICE uint4 load_some(const u16* from, u32 count, bool whole) {
     if (whole && count == 8) return *(const uint4*)from;
@@ -140,20 +143,78 @@ DEVICE void finish_tile(const WgmmaArgs& args, u32 stage, u32 feature, u32 token
         if (token + row < args.rows) store_some(y + (u64)(token + row) * args.y_stride, load_shared_16(at(row, own_place)), count, whole);
 }
 
-template <class Half, u32 GROUPS, bool ASYM, u32 N, u32 WARPGROUPS, u32 REGISTERS>
+// What a block does of a tile: units `first` to `end`. It goes on from sums of the block before it if `first` is not 0, and
+// leaves sums to the next block if `end` is not the last unit.
+struct Piece {
+    u32 tile, first, end;
+};
+
+// The pieces of a block, in their order. First come `whole` tiles of its own, the same for all blocks, so that those which share
+// x read it at the same time. The units of the other tiles, one tile after the other, are divided equally: each block gets a
+// tile's worth or more, so that no tile has more than two pieces. The beginning of a tile comes before, the end of another
+// after what the block has between them: sums are there by the time they are needed.
+struct Pieces {
+    u32 count, whole, blocks, k_units, low, high;
+
+    DEVICE Pieces(const WgmmaArgs& args, u32 tiles) : blocks(gridDim.x), k_units(args.k_units), low(0), high(0) {
+        if (args.partials == nullptr) {
+            count = whole = (tiles - blockIdx.x + blocks - 1) / blocks;
+            return;
+        }
+        whole = args.whole;
+        const u32 units = (tiles - whole * blocks) * k_units;
+        low = blockIdx.x * units / blocks, high = (blockIdx.x + 1) * units / blocks;
+        count = whole + (high + k_units - 1) / k_units - low / k_units;
+    }
+
+    DEVICE Piece get(u32 i) const {
+        if (i < whole) return {blockIdx.x + i * blocks, 0, k_units};
+        const u32 from_last = count - 1 - i, tile = low / k_units + from_last, shared = whole * blocks;
+        return {shared + tile, from_last == 0 ? low % k_units : 0, min(high - tile * k_units, k_units)};
+    }
+};
+
+DEVICE void store_release(u64* to, u64 value) { asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory"); }
+
+DEVICE u64 load_acquire(const u64* from) {
+    u64 v;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(from) : "memory");
+    return v;
+}
+
+// Through L2: what another block has written, or will read.
+DEVICE void store_global_floats(float* to, const float* v) {
+    asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+
+// Without a branch, because the compiler would not let `wgmma` overlap with anything after one.
+DEVICE void load_global_floats_or_zeros(const float* from, float* v, bool load) {
+    v[0] = v[1] = v[2] = v[3] = 0.0f;
+    asm volatile(
+        "{\n"
+        ".reg .pred load;\n"
+        "setp.ne.u32 load, %5, 0;\n"
+        "@load ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+        "}" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3]) : "l"(from), "r"((u32)load) : "memory");
+}
+
+// SHARED lets two blocks share a tile: one leaves its sums, the other one goes on from them, which gives the same bits.
+template <class Half, u32 GROUPS, bool ASYM, u32 N, u32 WARPGROUPS, u32 REGISTERS, bool SHARED>
 DEVICE void wgmma_many(const TensorMap& x, const WgmmaArgs& args) {
     constexpr u32 UNIT = unit_bytes(GROUPS, ASYM), STRIPES = WARPGROUPS * 2, X_BYTES = N * 256;
     constexpr u32 STAGE = X_BYTES + (STRIPES * UNIT + 1023) / 1024 * 1024;
     // A batch of steps of 16 input features is expanded while the one before is multiplied.
     constexpr u32 BATCH = GROUPS == 4 ? 2 : 4, BATCHES = 8 / BATCH, PER_GROUP = BATCHES / GROUPS, R = N / 2;
     constexpr u32 CONSUMERS = WARPGROUPS * 4;
+    // Barriers of the consumers and a warp that tells other blocks of sums, and waits for theirs.
+    constexpr u32 LEFT = 5, THERE = 6, WITH_TELLER = CONSUMERS * 32 + 32;
     extern __shared__ __align__(1024) u8 shared_memory[];
 
     const u32 ring = uniform(shared_address(shared_memory));
     const u32 lane = opaque(threadIdx.x % 32), warp = uniform(threadIdx.x / 32);
     const u32 barriers = ring + args.stages * STAGE; // of each stage: full, empty
-    const u32 count = args.k_units;
     const u32 stripes = (args.n + 31) / 32, tiles = (stripes + STRIPES - 1) / STRIPES * args.token_tiles;
+    const Pieces pieces(args, tiles);
 
     if (threadIdx.x == CONSUMERS * 32) {
 #pragma unroll 1
@@ -171,20 +232,40 @@ DEVICE void wgmma_many(const TensorMap& x, const WgmmaArgs& args) {
         if (warp == CONSUMERS) {
             u32 stage = 0, parity = 1;
 #pragma unroll 1
-            for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-                const u32 stripe = tile / args.token_tiles * STRIPES, token = tile % args.token_tiles * N;
+            for (u32 index = 0; index < pieces.count; ++index) {
+                const Piece piece = pieces.get(index);
+                const u32 stripe = piece.tile / args.token_tiles * STRIPES, token = piece.tile % args.token_tiles * N;
                 const u32 have = min(STRIPES, stripes - stripe);
 #pragma unroll 1
-                for (u32 i = 0; i < count; ++i) {
+                for (u32 i = piece.first; i < piece.end; ++i) {
                     const u32 at = ring + stage * STAGE, full = barriers + stage * 16;
                     mbarrier_wait(full + 8, parity);
                     if (lane == 0) mbarrier_expect(full, X_BYTES + have * UNIT);
                     __syncwarp();
                     if (lane < have)
                         bulk_copy(at + X_BYTES + lane * UNIT, args.units + ((u64)(stripe + lane) * args.k_units + i) * UNIT, UNIT, full);
-                    if (tile == blockIdx.x && i == 0) wait_for_dependencies();
+                    if (index == 0 && i == piece.first) wait_for_dependencies();
                     if (lane < 2) tensor_copy(at + lane * (N * 128), x, i * 128 + lane * 64, token, full);
                     if (++stage == args.stages) stage = 0, parity ^= 1;
+                }
+            }
+        }
+        if (SHARED && warp == CONSUMERS + 1) {
+#pragma unroll 1
+            for (u32 index = 0; index < pieces.count; ++index) {
+                const Piece piece = pieces.get(index);
+                u64* const own = args.arrivals + blockIdx.x;
+                if (piece.end < args.k_units) {
+                    named_barrier(LEFT, WITH_TELLER);
+                    __threadfence();
+                    if (lane == 0) store_release(own, args.ticket);
+                }
+                if (piece.first > 0) {
+                    // Blocks start in the order of their numbers, and none waits before it has left its own sums.
+                    while (load_acquire(own - 1) != args.ticket) {}
+                    __syncwarp();
+                    if (lane == 0) *(own - 1) = 0; // for the next launch with this ticket, in a graph
+                    named_barrier(THERE, WITH_TELLER);
                 }
             }
         }
@@ -209,12 +290,12 @@ DEVICE void wgmma_many(const TensorMap& x, const WgmmaArgs& args) {
             const u32 packed = load_shared_4(at + own_scales + group * 64);
             scale[0] = Scale<Half>(packed & 0xFFFF, args.scale_factor), scale[1] = Scale<Half>(packed >> 16, args.scale_factor);
         }
-        const Zero zero[2] = {Dequantizer<Half>::zero(z & 0xFF), Dequantizer<Half>::zero(z >> 8)};
+        const Zero zero[2] = {Expander<Half>::zero(z & 0xFF), Expander<Half>::zero(z >> 8)};
 #pragma unroll
         for (u32 s = 0; s < BATCH; ++s) {
             const u32 step = (j * BATCH + s) % 4, by = step / 2 * 8;
-            Dequantizer<Half>::expand(out[s][0], out[s][1], (step % 2 ? codes.z : codes.x) >> by, zero);
-            Dequantizer<Half>::expand(out[s][2], out[s][3], (step % 2 ? codes.w : codes.y) >> by, zero);
+            Expander<Half>::expand(out[s][0], out[s][1], (step % 2 ? codes.z : codes.x) >> by, zero);
+            Expander<Half>::expand(out[s][2], out[s][3], (step % 2 ? codes.w : codes.y) >> by, zero);
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) out[s][i] = scale[i % 2].times(out[s][i]);
         }
@@ -222,14 +303,21 @@ DEVICE void wgmma_many(const TensorMap& x, const WgmmaArgs& args) {
 
     u32 stage = 0, parity = 0;
 #pragma unroll 1
-    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (u32 index = 0; index < pieces.count; ++index) {
+        const Piece piece = pieces.get(index);
+        float* const place = args.partials + (u64)blockIdx.x * (CONSUMERS * 32 * R) + threadIdx.x * 4;
+        const bool resumed = SHARED && piece.first > 0;
+        if (resumed) named_barrier(THERE, WITH_TELLER);
 #pragma unroll
-        for (u32 e = 0; e < R; ++e) acc[e] = 0.0f;
+        for (u32 e = 0; e < R; e += 4) {
+            if (SHARED) load_global_floats_or_zeros(place - CONSUMERS * 32 * R + e * (CONSUMERS * 32), acc + e, resumed);
+            else acc[e] = acc[e + 1] = acc[e + 2] = acc[e + 3] = 0.0f;
+        }
         mbarrier_wait(barriers + stage * 16, parity);
         expand(ring + stage * STAGE, 0, a[0]);
         u32 empty = 0, at = 0;
 #pragma unroll 1
-        for (u32 i = 0; i < count; ++i) {
+        for (u32 i = piece.first; i < piece.end; ++i) {
             const u32 before = empty;
             at = ring + stage * STAGE, empty = barriers + stage * 16 + 8;
             const u64 operand = swizzled_operand(at);
@@ -245,9 +333,9 @@ DEVICE void wgmma_many(const TensorMap& x, const WgmmaArgs& args) {
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
-                if (b == 0 && i > 0) mbarrier_arrive(before);
+                if (b == 0 && i > piece.first) mbarrier_arrive(before);
                 if (!last) expand(at, b + 1, a[(b + 1) % 2]);
-                else if (i + 1 < count) {
+                else if (i + 1 < piece.end) {
                     mbarrier_wait(barriers + stage * 16, parity);
                     expand(ring + stage * STAGE, 0, a[0]);
                 }
@@ -255,11 +343,18 @@ DEVICE void wgmma_many(const TensorMap& x, const WgmmaArgs& args) {
         }
         wgmma_wait<0>();
         wgmma_settle(acc);
+        if (SHARED && piece.end < args.k_units) {
+            mbarrier_arrive(empty);
+#pragma unroll
+            for (u32 e = 0; e < R; e += 4) store_global_floats(place + e * (CONSUMERS * 32), acc + e);
+            named_barrier_arrive(LEFT, WITH_TELLER);
+            continue;
+        }
         // The last stage's x has been read by all, and is the place for what y gets.
         named_barrier(1, CONSUMERS * 32);
-        const u32 feature = (tile / args.token_tiles * WARPGROUPS + warp / 4) * 64;
+        const u32 feature = (piece.tile / args.token_tiles * WARPGROUPS + warp / 4) * 64;
         constexpr u32 PASSES = (WARPGROUPS + 1) / 2, PASS = N / PASSES;
-        const u32 token = tile % args.token_tiles * N, corner = at + warp / 4 * (PASS * 128);
+        const u32 token = piece.tile % args.token_tiles * N, corner = at + warp / 4 * (PASS * 128);
 #pragma unroll 1
         for (u32 pass = 0; pass < PASSES; ++pass) {
             if (pass > 0) named_barrier(2 + warp / 4, 128);

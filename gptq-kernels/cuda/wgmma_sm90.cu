@@ -17,6 +17,9 @@
 // repeat to the bit, and row r of y depends on row r of x and on the number of slices alone.
 #include "wgmma_many.cuh"
 
+// Units that a block asks for before the kernel before this one has finished. More take the memory from that one.
+constexpr u32 AHEAD = 2;
+
 // Pieces of a result: 16 features of the units from `feature` on, 8 tokens from `token` on. Lane l = 4 r + t has features r
 // and r + 8, tokens 2 t and 2 t + 1: `v` is (r, 2 t), (r, 2 t + 1), (r + 8, 2 t), (r + 8, 2 t + 1). Several at a time, so that
 // their latencies overlap.
@@ -134,7 +137,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
                     bulk_copy(ring + stage * STAGE + X_BYTES + lane * UNIT, from, UNIT, barriers + stage * 16);
                 }
             };
-            const u32 ahead = min(args.stages, count);
+            const u32 ahead = min(min(args.stages, AHEAD), count);
 #pragma unroll 1
             for (u32 i = 0; i < ahead; ++i) copy_units(i, first_tile / args.token_tiles * STRIPES, first + i);
             wait_for_dependencies();
@@ -178,12 +181,12 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
         const u32 group = j / PER_GROUP;
         if (BATCH == 4 || j % 2 == 0) codes = load_matrices(at + own_codes + h * 2 * UNIT + j * BATCH / 4 * 512);
         const u32 z = ASYM ? load_shared_2(at + own_zeros + h * 2 * UNIT + group * 32) : 0x0808;
-        const Zero zero[2] = {Dequantizer<Half>::zero(z & 0xFF), Dequantizer<Half>::zero(z >> 8)};
+        const Zero zero[2] = {Expander<Half>::zero(z & 0xFF), Expander<Half>::zero(z >> 8)};
 #pragma unroll
         for (u32 s = 0; s < BATCH; ++s) {
             const u32 step = (j * BATCH + s) % 4, by = step / 2 * 8;
-            Dequantizer<Half>::expand(out[s][0], out[s][1], (step % 2 ? codes.z : codes.x) >> by, zero);
-            Dequantizer<Half>::expand(out[s][2], out[s][3], (step % 2 ? codes.w : codes.y) >> by, zero);
+            Expander<Half>::expand(out[s][0], out[s][1], (step % 2 ? codes.z : codes.x) >> by, zero);
+            Expander<Half>::expand(out[s][2], out[s][3], (step % 2 ? codes.w : codes.y) >> by, zero);
         }
     };
     auto add = [&](float (&to)[R], float (&from)[R]) {
@@ -359,7 +362,7 @@ DEVICE void order_row(const OrderArgs& args) {
         wgmma_##N##_##WARPGROUPS##x##HALVES(const __grid_constant__ TensorMap x, const __grid_constant__ WgmmaArgs args) { \
         wgmma_linear<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, N, HALVES, WARPGROUPS, SUMS, REUSE, REGISTERS, STEPS>(x, args); \
     }
-WGMMA_LINEAR(16, 2, 1, 288, 2, 1, false, 0, 4)
+WGMMA_LINEAR(16, 2, 1, 288, 3, 1, false, 0, 4)
 WGMMA_LINEAR(16, 2, 2, 288, 2, 1, false, 0, 4)
 WGMMA_LINEAR(32, 2, 1, 288, 2, 1, false, 0, 4)
 WGMMA_LINEAR(64, 3, 1, 416, 1, 1, false, 0, 4)
@@ -369,7 +372,7 @@ WGMMA_LINEAR(128, 2, 1, 384, 1, 1, true, 240, 4)
 #define WGMMA_MANY(N, WARPGROUPS, REGISTERS)                                                                            \
     extern "C" __global__ void __launch_bounds__((WARPGROUPS + 1) * 128, 1)                                            \
         wgmma_many_##N##_##WARPGROUPS(const __grid_constant__ TensorMap x, const __grid_constant__ WgmmaArgs args) {    \
-        wgmma_many<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, N, WARPGROUPS, REGISTERS>(x, args);                            \
+        wgmma_many<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, N, WARPGROUPS, REGISTERS, N == 256>(x, args);                  \
     }
 WGMMA_MANY(256, 2, 240)
 WGMMA_MANY(128, 2, 240)

@@ -46,6 +46,7 @@ mod image;
 mod marlin;
 mod marlin_plan;
 mod marlin_tiles;
+mod module;
 mod ops;
 mod pinned;
 mod plain;

@@ -7,7 +7,8 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use super::{
-    driver::{Images, gpu_error, message, zeros},
+    driver::{gpu_error, message, zeros},
+    module::Images,
     ops::Operations,
 };
 use crate::{DenseType, Device, KernelError, Unsupported};

@@ -1,17 +1,14 @@
-//! What the driver API needs around it: modules, functions, launches, and memory of a prepared layer.
+//! What the driver API needs around it: functions, launches, and memory of a prepared layer.
 
 use std::{
-    collections::HashMap,
-    ffi::{CStr, CString, c_void},
+    ffi::{CStr, c_void},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use cudarc::driver::{
-    CudaContext, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits, result, sys,
-};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits, sys};
 
-use super::image::{self, Image};
-use crate::{KernelError, Unsupported};
+use super::module::Module;
+use crate::KernelError;
 
 /// The kernel that was launched last, by any thread: what is to blame, or came after it, if the GPU reports a failure later.
 static LAST_LAUNCH: Mutex<&'static str> = Mutex::new("none");
@@ -66,94 +63,10 @@ pub(super) fn zeros<E: DeviceRepr + ValidAsZeroBits>(
     })
 }
 
-/// A loaded image.
-struct Module {
-    context: Arc<CudaContext>,
-    handle: sys::CUmodule,
-}
-
-// SAFETY: a module handle may be used from any thread that has bound its context, which every use here does.
-unsafe impl Send for Module {}
-// SAFETY: as above; the driver locks.
-unsafe impl Sync for Module {}
-
-impl Module {
-    /// Loads PTX, which ends with a NUL, in a context that this thread has bound.
-    fn load(context: &Arc<CudaContext>, name: &'static str, ptx: &[u8]) -> Result<Self, KernelError> {
-        debug_assert!(ptx.ends_with(&[0]));
-        // SAFETY: `ptx` ends with a NUL, as the driver wants text to, and lives through the call.
-        let handle =
-            unsafe { result::module::load_data(ptx.as_ptr().cast()) }.map_err(|error| match error.0 {
-                sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
-                    KernelError::Unsupported { kernel: name, reason: Unsupported::PtxTooNew { image: name } }
-                }
-                _ => gpu_error(name, error),
-            })?;
-        Ok(Self { context: Arc::clone(context), handle })
-    }
-}
-
-impl Drop for Module {
-    fn drop(&mut self) {
-        if self.context.bind_to_thread().is_ok() {
-            // SAFETY: the handle came from `load_data`, and functions of it hold an `Arc` of this value. An error cannot
-            // be acted upon here: the context is going away, and the image with it.
-            let _ = unsafe { result::module::unload(self.handle) };
-        }
-    }
-}
-
-/// The images of one context, loaded when first asked for.
-pub(super) struct Images {
-    context: Arc<CudaContext>,
-    loaded: Mutex<HashMap<&'static str, Arc<Module>>>,
-}
-
-impl Images {
-    pub(super) fn new(context: Arc<CudaContext>) -> Self {
-        Self { context, loaded: Mutex::default() }
-    }
-
-    /// Function `entry` of image `name`, allowed to use `shared` bytes of dynamic shared memory.
-    pub(super) fn function(&self, name: &str, entry: &str, shared: usize) -> Result<Function, KernelError> {
-        let missing = || KernelError::Gpu {
-            during: "loading a kernel",
-            message: format!("no {entry} in image {name}"),
-        };
-        let image = image::find(name).ok_or_else(missing)?;
-        let module = self.load(image)?;
-        let entry = CString::new(entry).map_err(|_| missing())?;
-        // SAFETY: the module is loaded, its context is bound to this thread by `load`, and `entry` is a C string.
-        let handle = unsafe { result::module::get_function(module.handle, entry) }
-            .map_err(|error| gpu_error("cuModuleGetFunction", error))?;
-        if shared > 0 {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the handle is a function of a live module.
-            unsafe { result::function::set_function_attribute(handle, attribute, shared as i32) }
-                .map_err(|error| gpu_error("cuFuncSetAttribute", error))?;
-        }
-        Ok(Function { handle, module })
-    }
-
-    fn load(&self, image: &'static Image) -> Result<Arc<Module>, KernelError> {
-        self.context.bind_to_thread().map_err(|error| gpu_error("cuCtxSetCurrent", error))?;
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(module) = loaded.get(image.name) {
-            return Ok(Arc::clone(module));
-        }
-        let damaged = || KernelError::Gpu { during: image.name, message: "the PTX image is damaged".into() };
-        let ptx = image.ptx().ok_or_else(damaged)?;
-        let module = Arc::new(Module::load(&self.context, image.name, &ptx)?);
-        loaded.insert(image.name, Arc::clone(&module));
-        tracing::debug!(image = image.name, "PTX image loaded");
-        Ok(module)
-    }
-}
-
 /// A kernel of a loaded image.
 pub(super) struct Function {
-    handle: sys::CUfunction,
-    module: Arc<Module>,
+    pub(super) handle: sys::CUfunction,
+    pub(super) module: Arc<Module>,
 }
 
 // SAFETY: as for `Module`, which it keeps alive.
@@ -344,10 +257,13 @@ impl Resident {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::CString;
+
+    use cudarc::driver::result;
     use half::f16;
 
     use super::*;
-    use crate::{Device, cuda::CudaDevice};
+    use crate::{Device, Unsupported, cuda::CudaDevice};
 
     const TRAP: &str =
         ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry fails() { trap; ret; }\n\0";
@@ -367,13 +283,13 @@ mod tests {
         context.bind_to_thread().unwrap();
         let future = TRAP.replace("8.0", "99.0");
         assert!(matches!(
-            Module::load(context, "future", future.as_bytes()),
+            Module::new(context, "future", future.as_bytes()),
             Err(KernelError::Unsupported { reason: Unsupported::PtxTooNew { image: "future" }, .. })
         ));
         let broken = TRAP.replace("trap", "tarp");
-        assert!(matches!(Module::load(context, "broken", broken.as_bytes()), Err(KernelError::Gpu { .. })));
+        assert!(matches!(Module::new(context, "broken", broken.as_bytes()), Err(KernelError::Gpu { .. })));
         // Nothing of it lasts.
-        assert!(Module::load(context, "fine", TRAP.as_bytes()).is_ok());
+        assert!(Module::new(context, "fine", TRAP.as_bytes()).is_ok());
         device.synchronize().unwrap();
     }
 
@@ -398,7 +314,7 @@ mod tests {
         let device = gpu().unwrap();
         let context = device.stream().context();
         context.bind_to_thread().unwrap();
-        let module = Arc::new(Module::load(context, "trap", TRAP.as_bytes()).unwrap());
+        let module = Arc::new(Module::new(context, "trap", TRAP.as_bytes()).unwrap());
         let entry = CString::new("fails").unwrap();
         // SAFETY: the module is loaded and its context bound.
         let handle = unsafe { result::module::get_function(module.handle, entry) }.unwrap();

@@ -32,8 +32,8 @@ const MOST_BYTES: usize = 4 << 20;
 const MOST_MEMORY: u32 = 16 << 10;
 
 impl Image {
-    /// The PTX, with a NUL at the end; `None` if the archive is damaged.
-    pub(super) fn ptx(&self) -> Option<Vec<u8>> {
+    /// The PTX; `None` if the archive is damaged.
+    pub(super) fn ptx(&self) -> Option<String> {
         let mut archive = BufReader::new(LzmaReader::new_mem_limit(self.archive, MOST_MEMORY, None).ok()?);
         loop {
             let mut header = String::new();
@@ -43,8 +43,7 @@ impl Image {
             let mut ptx = vec![0; len];
             archive.read_exact(&mut ptx).ok()?;
             if name == self.name {
-                ptx.push(0);
-                return Some(ptx);
+                return String::from_utf8(ptx).ok();
             }
         }
     }
@@ -132,6 +131,17 @@ images! {
         "decode8-bf16-32-sm90" "decode8-bf16-64-sm90" "decode8-bf16-96-sm90" "decode8-bf16-128-sm90";
 }
 
+/// How a kernel begins.
+const KERNEL: &str = "\n.visible .entry ";
+
+/// Of an image's PTX, what kernel `entry` needs, with a NUL at the end.
+pub(super) fn only(ptx: &str, entry: &str) -> Option<Vec<u8>> {
+    let mut parts = ptx.split(KERNEL);
+    let declarations = parts.next()?;
+    let kernel = parts.find(|kernel| kernel.strip_prefix(entry).is_some_and(|rest| rest.starts_with('(')))?;
+    Some([declarations, KERNEL, kernel, "\0"].concat().into_bytes())
+}
+
 /// The image of that name.
 pub(super) fn find(name: &str) -> Option<&'static Image> {
     IMAGES.iter().find(|image| image.name == name)
@@ -212,9 +222,29 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_stands_by_itself() {
+        for image in IMAGES {
+            let ptx = image.ptx().unwrap();
+            let declared = ptx.split(KERNEL).next().unwrap().len();
+            for entry in image.entries {
+                let kernel = String::from_utf8(only(&ptx, entry).unwrap()).unwrap();
+                let body = kernel[declared..].trim_end_matches(['\0', '\n']);
+                // It ends where its first brace is closed, and declares nothing for others.
+                let depths = body.char_indices().scan(0i32, |depth, (at, c)| {
+                    *depth += i32::from(c == '{') - i32::from(c == '}');
+                    Some((at, c, *depth))
+                });
+                let (end, _, _) = depths.into_iter().find(|&(_, c, depth)| c == '}' && depth == 0).unwrap();
+                assert_eq!(end + 1, body.len(), "{}: {entry}", image.name);
+            }
+            assert_eq!(only(&ptx, "no such kernel"), None);
+        }
+    }
+
+    #[test]
     fn images_have_their_entry_points_and_are_small() {
         for image in IMAGES {
-            let ptx = String::from_utf8(image.ptx().unwrap()).unwrap();
+            let ptx = image.ptx().unwrap();
             for entry in image.entries {
                 assert!(ptx.contains(&format!(".entry {entry}(")), "{}: no {entry}", image.name);
             }

@@ -217,7 +217,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Marlin<T> {
 }
 
 /// What no other launch of this process has: bits that are no result of arithmetic, a number, and a byte to count in.
-fn ticket() -> u64 {
+pub(super) fn ticket() -> u64 {
     static LAUNCHES: AtomicU64 = AtomicU64::new(0);
     0xFF_FFA5 << 40 | (LAUNCHES.fetch_add(1, Ordering::Relaxed) & 0xFFFF_FFFF) << 8
 }

@@ -3,7 +3,9 @@
 //! Up to 8 rows are [`cuda-gemv-sm90`](super::gemv)'s, which reads the same copy of the weight; more rows go through `wgmma`
 //! with 16, 32, 64 or 128 tokens at a time, slices of the input features and exact products (`cuda/wgmma_sm90.cu`); many rows
 //! (65 or more for 11008 outputs, 257 or more for 4096: as soon as tiles alone fill the GPU) with 128 or 256 tokens, without
-//! slices, and with weights rounded to halves as if the layer were dequantised (`cuda/wgmma_many.cuh`): an error of up to
+//! slices, and with weights rounded to halves as if the layer were dequantised (`cuda/wgmma_many.cuh`; where tiles do not
+//! divide by the multiprocessors, one block does the first input features of a tile and leaves its sums to another, which goes on
+//! from them: the bits stay those of one block): an error of up to
 //! `2^-11 |x w|` in each product of fp16, `2^-8` of bfloat16, beside outputs that are rounded by as much.
 //! [`Linear::row_class`] says where that begins. A layer whose scales are too far apart for one power of two to keep its weights
 //! normal numbers of fp16 has exact products for any number of rows.
@@ -29,6 +31,10 @@
 //!
 //! | no order of memory in the first arrival at the cluster's barrier, which is a fence of the whole GPU otherwise; slices for no more than one block a multiprocessor on small layers | 6.5 / 10.6 / 11.4 / 36.2 | 9.7 / 15.4 / 17.2 / 58.5 | - | -0.3; found 0.0 to 0.3, and 1.1 on 4096 x 4096 from the slices |
 //! | every lane arrives when a stage has been read, which racecheck understands | 6.4 / 10.6 / 11.3 / 36.7 | 9.9 / 15.8 / 17.5 / 58.8 | - | costs up to 2 % |
+//! | two units asked for before the kernel before this one has finished, not the whole ring, as the GEMV does it | 6.1 / 10.6 / 10.8 / 35.7 | 9.5 / 15.5 / 17.1 / 58.4 | 16.5 / - / 35.6 / - | -0.5 as for the GEMV; found 0.1 to 0.6. One and three: 0.1 to 0.3 more for 16 rows |
+//! | 16 rows: three narrow blocks a multiprocessor in 72 registers, in up to 8 slices, for up to 48 units of input features | **5.9 / 9.6 / 10.6 / 35.6** | | | more warps to hide latency: -3 %; found -4 % and, instead of wide blocks, -9 % on 4096 x 11008 |
+//! | 16 rows: four warpgroups in a block, a tile in 8 slices | 6.5 / 11.1 / 11.6 / - | | | half of the traffic of x, no block too many: -10 %; slower everywhere. Removed |
+//! | what a zero point becomes kept from one batch to the next of its group | | | | asym -2 %; +1 to 4 %: registers. Removed |
 //!
 //! Many rows, 1024 and 2048, in one run with cuBLAS (46 / 124 / 119 / 628 and 90 / 253 / 236 / 1247), each replay after 4 ms of rest:
 //!
@@ -39,6 +45,9 @@
 //! | the same, x sent to two blocks at once | | 46 / 163 / 140 / 754 | | -10 % if L2 were the limit; found -2 % to +7 %: it is not |
 //! | scaled weights instead, nothing to wait for at the end of a group | 22.1 / **33.9** / 56 / **167** | **46.1** / **134** / **120** / **604** | **90.4** / **265** / **234** / **1231** | cuBLAS's speed; found 0.93 to 1.11 of it, 0.95 or more but for 1024 rows of 4096 x 11008, whose 344 tiles are 2.6 for each multiprocessor |
 //! | x sent to two blocks at once, with that | - / 34.6 / - / 169 | 47.5 / 135 / 122 / 602 | 90.8 / 264 / 234 / 1209 | -2 % at most; not taken: a second kind of barrier, across blocks, for that |
+//! | tiles shared by two blocks | - / - / - / **159** | - / **126** / - / - | - / **242** / - / - | 344 tiles on 132 multiprocessors would take 2.6 rounds instead of 3: 119; found 126, 1.03 and 0.97 of cuBLAS's speed with 2048 and 1024 rows. Sums cost 8 us on their way from block to block: what is stored has to arrive before it is announced, and asked for before it is loaded |
+//! | the same, shared tiles before whole ones | - / - / - / 163 | - / 130 / - / 612 | - / 248 / - / 1350 | blocks in step read the same x at the same time; out of step all along they lose 3 to 8 % |
+//! | the same, x sent to two blocks at once | - / - / - / 158 | - / 128 / - / 603 | - / 242 / - / 1193 | if it were the reading of x: -5 %; it is not. Not taken |
 //! | 192 tokens | | 65 / 135 / 168 / 696 | 99 / 268 / 259 / 1281 | fewer tiles too many for 4096 x 11008; nothing |
 //! | four warpgroups and 128 tokens | | | | half of the traffic of two; 112 registers do not hold it, and the compiler makes `wgmma` wait |
 //!
@@ -63,7 +72,7 @@
 mod many;
 mod plan;
 
-use std::ops::RangeInclusive;
+use std::{ops::RangeInclusive, sync::OnceLock};
 
 use cudarc::driver::sys;
 use gptq_format::PackedLinear;
@@ -72,6 +81,7 @@ use super::{
     CudaBuffer, CudaDevice, Element,
     driver::{Function, Launch, gpu_error},
     gemv::{self, Gemv, GemvLinear, prologue_bound},
+    marlin::ticket,
     plain::output_bound,
     units::{DEPTH, Units},
 };
@@ -80,10 +90,12 @@ use crate::{
     MatRef, Unsupported, WeightFormat, Workspace, cpu::check_operands,
 };
 use many::{Factor, Many};
-use plan::{FEW_ROWS, MOST_SLICES, Tokens};
+use plan::{Extent, FEW_ROWS, MOST_SLICES, Tokens};
 
 pub(super) const NAME: &str = "cuda-wgmma-sm90";
 
+/// The kernel that brings x into order.
+const ORDER: &str = "order";
 /// Input features of a box of x: 128 bytes, as the swizzle wants.
 const BOX: u32 = 64;
 /// Rows of x that are put in order at a time, if only because they are not aligned.
@@ -120,6 +132,9 @@ struct Args {
     units: u64,
     y: u64,
     bias: u64,
+    partials: u64,
+    arrivals: u64,
+    ticket: u64,
     rows: u32,
     n: u32,
     k_units: u32,
@@ -132,6 +147,7 @@ struct Args {
     y_vectors: u32,
     scale_factor: u32,
     sum_factor: f32,
+    whole: u32,
 }
 
 /// `OrderArgs` of `wgmma_sm90.cu`.
@@ -213,16 +229,26 @@ struct Norm<T: Element> {
     eps: f32,
 }
 
-struct WgmmaLinear<T: Element> {
-    /// The weight, and how few rows are done.
-    gemv: GemvLinear<T>,
-    norm: Option<Norm<T>>,
+/// What more than eight rows need: made when it is first asked for, because its kernels are compiled in the background.
+struct Rest {
     /// For 16, 32, 64 and 128 tokens at a time.
     tokens: Vec<Tokens>,
-    many: Option<Many>,
+    /// For many rows, in the order of [`many::entries`].
+    many: Vec<Function>,
     /// In rising order; the last one has no end.
     classes: Vec<Class>,
     order: Function,
+}
+
+struct WgmmaLinear<T: Element> {
+    device: CudaDevice<T>,
+    image: String,
+    extent: Extent,
+    /// The weight, and how few rows are done.
+    gemv: GemvLinear<T>,
+    norm: Option<Norm<T>>,
+    many: Option<Many>,
+    rest: OnceLock<Rest>,
 }
 
 impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
@@ -260,13 +286,19 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
         let units = Units::pack(weight, fusion.epilogue);
         let zero = if units.asym { "asym" } else { "sym" };
         let image = format!("wgmma-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
-        let tokens = Tokens::all(&self.device, &image, &units)?;
-        let many = Many::new(&self.device, &image, &units, weight)?;
-        let order = self.device.images().function(&image, "order", self.device.shared_memory())?;
+        let entries = plan::entries().chain(many::entries()).chain([ORDER]);
+        self.device.images().compile(&image, entries);
         let gemv = self.gemv.linear(&units, spec.clone(), fusion.norm)?;
         let gemv = gemv.ok_or_else(|| spec.shape_unsupported_by(NAME))?;
-        let classes = classes(&tokens, many.as_ref());
-        Ok(Box::new(WgmmaLinear { classes, gemv, norm, tokens, many, order }))
+        // bfloat16 reaches as far as float32.
+        let factor = match T::NAME {
+            "bf16" => Some(Factor { scale: 0, sum: 1.0 }),
+            _ => Factor::of(weight.scales()),
+        };
+        let (extent, device) = (Extent::of(&units), self.device.clone());
+        let multiprocessors = device.multiprocessors() as usize;
+        let many = factor.map(|factor| Many::new(extent, factor, multiprocessors, device.shared_memory()));
+        Ok(Box::new(WgmmaLinear { device, image, extent, gemv, norm, many, rest: OnceLock::new() }))
     }
 
     /// Few rows are as for `cuda-gemv-sm90`, whose up to 8 rows are: a group's sum on the tensor core, then the fused
@@ -319,10 +351,29 @@ fn classes(tokens: &[Tokens], many: Option<&Many>) -> Vec<Class> {
     classes
 }
 
-impl<T: Element> WgmmaLinear<T> {
+impl Rest {
     fn class(&self, rows: usize) -> &Class {
         // The last class has no end.
         &self.classes[self.classes.iter().take_while(|class| class.most < rows).count()]
+    }
+}
+
+impl<T: Element> WgmmaLinear<T> {
+    /// Waits for what compiles the kernels.
+    fn rest(&self) -> Result<&Rest, KernelError> {
+        if let Some(rest) = self.rest.get() {
+            return Ok(rest);
+        }
+        let load = |entry| self.device.images().function(&self.image, entry, self.device.shared_memory());
+        let tokens = Tokens::all(&self.device, &self.image, self.extent)?;
+        let rest = Rest {
+            many: many::entries().map(load).collect::<Result<_, _>>()?,
+            classes: classes(&tokens, self.many.as_ref()),
+            order: load(ORDER)?,
+            tokens,
+        };
+        // Another thread may have been first; its value is as good.
+        Ok(self.rest.get_or_init(|| rest))
     }
 
     /// Columns of x in the order of the units.
@@ -340,8 +391,19 @@ impl<T: Element> WgmmaLinear<T> {
         if self.gemv.gather.bytes() > 0 { rows } else { rows.min(ALIGNED_ROWS) }
     }
 
+    /// Bytes of sums and arrivals of [`Many`].
+    fn shared_bytes(&self, rows: usize) -> usize {
+        self.many.as_ref().map_or(0, |many| many.sums(rows) + many.arrivals(rows))
+    }
+
     /// Copies x to `to` in the order of the units.
-    fn put_in_order(&self, x: Rows, to: u64, stream: sys::CUstream) -> Result<Rows, KernelError> {
+    fn put_in_order(
+        &self,
+        rest: &Rest,
+        x: Rows,
+        to: u64,
+        stream: sys::CUstream,
+    ) -> Result<Rows, KernelError> {
         let mut args = OrderArgs {
             x: x.address,
             ordered: to,
@@ -360,21 +422,32 @@ impl<T: Element> WgmmaLinear<T> {
         };
         // SAFETY: `OrderArgs` is that of the source. `to` has `width` elements for each of the rows, which the caller has
         // taken from the workspace; gather has as many; x is the caller's, checked. All outlive the stream's work.
-        unsafe { self.order.launch(NAME, launch, stream, &mut args) }?;
+        unsafe { rest.order.launch(NAME, launch, stream, &mut args) }?;
         Ok(Rows { address: to, rows: x.rows, columns: self.width(), stride: self.width() })
     }
 
-    /// The product of `x.rows` rows, which are part of a call of `class`.
-    fn multiply(&self, class: &Class, x: Rows, y: Rows, stream: sys::CUstream) -> Result<(), KernelError> {
+    /// The product of `x.rows` rows, which are part of a call of `class`. At `shared` is room for
+    /// [`shared_bytes`](Self::shared_bytes) of so many rows.
+    fn multiply(
+        &self,
+        rest: &Rest,
+        class: &Class,
+        x: Rows,
+        y: Rows,
+        shared: u64,
+        stream: sys::CUstream,
+    ) -> Result<(), KernelError> {
         let spec = self.gemv.spec();
         let exact = Factor { scale: 0, sum: 1.0 };
+        let mut shares = None;
         let (function, launch, tokens, stages, factor) = match self.many.as_ref().filter(|_| class.many) {
             Some(many) => {
-                let (blocks, launch) = many.launch(x.rows);
-                (&blocks.function, launch, blocks.tokens, blocks.stages, many.factor)
+                let call = many.call(x.rows);
+                shares = call.whole.map(|whole| (whole, shared + many.sums(x.rows) as u64));
+                (&rest.many[call.shape], call.launch, call.tokens, call.stages, many.factor)
             }
             None => {
-                let tokens = &self.tokens[class.tokens];
+                let tokens = &rest.tokens[class.tokens];
                 let (blocks, launch) = tokens.launch(x.rows.div_ceil(tokens.tokens), class.slices);
                 (&blocks.function, launch, tokens.tokens, blocks.stages, exact)
             }
@@ -387,6 +460,9 @@ impl<T: Element> WgmmaLinear<T> {
             units: self.gemv.units.address(),
             y: y.address,
             bias: self.gemv.bias.address(),
+            partials: if shares.is_some() { shared } else { 0 },
+            arrivals: shares.map_or(0, |(_, arrivals)| arrivals),
+            ticket: if shares.is_some() { ticket() } else { 0 },
             rows: x.rows as u32,
             n: self.gemv.unit_rows as u32,
             k_units: self.gemv.k_units as u32,
@@ -403,6 +479,7 @@ impl<T: Element> WgmmaLinear<T> {
             y_vectors: u32::from(aligned(8)),
             scale_factor: factor.scale,
             sum_factor: factor.sum,
+            whole: shares.map_or(0, |(whole, _)| whole as u32),
         };
         let mut parameters = [std::ptr::from_mut(&mut map).cast(), std::ptr::from_mut(&mut args).cast()];
         // SAFETY: the parameters are a tensor map and `WgmmaArgs`, which `Args` is. units and bias are the layer's own memory,
@@ -427,8 +504,10 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
         if rows <= gemv::ROWS {
             return 0..=gemv::ROWS;
         }
-        let below = self.classes.iter().map(|class| class.most).take_while(|&most| most < rows).last();
-        below.unwrap_or(gemv::ROWS) + 1..=self.class(rows).most
+        // Without its kernels, no number of rows can be computed.
+        let Ok(rest) = self.rest() else { return rows..=rows };
+        let below = rest.classes.iter().map(|class| class.most).take_while(|&most| most < rows).last();
+        below.unwrap_or(gemv::ROWS) + 1..=rest.class(rows).most
     }
 
     fn weight_bytes(&self) -> usize {
@@ -439,7 +518,8 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
         if rows <= gemv::ROWS {
             self.gemv.workspace_len(rows)
         } else {
-            self.normed_len(rows) + self.ordered_rows(rows) * self.width()
+            let shared = self.shared_bytes(rows) / size_of::<T>();
+            shared + self.normed_len(rows) + self.ordered_rows(rows) * self.width()
         }
     }
 
@@ -453,10 +533,12 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
             return self.gemv.forward(x, y, workspace);
         }
         check_operands(self.spec(), &x, &y)?;
-        let class = self.class(x.rows());
+        let rest = self.rest()?;
+        let class = rest.class(x.rows());
         let mut scratch = workspace.take(self.workspace_len(x.rows()))?;
-        let normed_len = self.normed_len(x.rows());
-        let ordered = scratch.address() + (normed_len * size_of::<T>()) as u64;
+        // Normalised rows, sums, rows in order: each a multiple of 16 bytes.
+        let shared = scratch.address() + (self.normed_len(x.rows()) * size_of::<T>()) as u64;
+        let ordered = shared + self.shared_bytes(x.rows()) as u64;
         let columns = x.cols();
         let mut all = Rows { address: x.data().address(), rows: x.rows(), columns, stride: x.row_stride() };
         let (y_columns, y_stride) = (y.cols(), y.row_stride());
@@ -472,7 +554,7 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
         }
         let into = Rows { address: y.address(), rows: all.rows, columns: y_columns, stride: y_stride };
         if self.gemv.gather.bytes() == 0 && all.vectors::<T>() {
-            return self.multiply(class, all, into, y.stream());
+            return self.multiply(rest, class, all, into, shared, y.stream());
         }
         let step = self.ordered_rows(all.rows);
         for start in (0..all.rows).step_by(step) {
@@ -481,8 +563,8 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
                 rows: step.min(all.rows - start),
                 ..of
             };
-            let ordered = self.put_in_order(part(all), ordered, y.stream())?;
-            self.multiply(class, ordered, part(into), y.stream())?;
+            let ordered = self.put_in_order(rest, part(all), ordered, y.stream())?;
+            self.multiply(rest, class, ordered, part(into), shared, y.stream())?;
         }
         Ok(())
     }

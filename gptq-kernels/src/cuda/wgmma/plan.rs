@@ -9,6 +9,21 @@ use crate::{
     },
 };
 
+/// Of a layer's units: bytes of one, output features with padding, units along the input features.
+#[derive(Clone, Copy)]
+pub(super) struct Extent {
+    pub(super) unit: usize,
+    pub(super) unit_rows: usize,
+    pub(super) k_units: usize,
+}
+
+impl Extent {
+    pub(super) fn of(units: &Units) -> Self {
+        let unit = unit_bytes(units.groups, units.asym);
+        Self { unit, unit_rows: units.rows, k_units: units.k_units }
+    }
+}
+
 /// Blocks of a cluster, at most: what every GPU with clusters can place.
 pub(super) const MOST_SLICES: usize = 8;
 
@@ -35,15 +50,12 @@ struct Shape {
 const fn shape(
     entry: &'static str,
     tokens: usize,
-    warpgroups: usize,
-    halves: usize,
+    (warpgroups, halves): (usize, usize),
     threads: u32,
     stages: usize,
     most_slices: usize,
+    least_units: usize,
 ) -> Shape {
-    // Measured on the H200: the 4096 input features of a small layer are better left to one block a multiprocessor, the
-    // next kernel's being the second.
-    let least_units = if tokens == 16 && halves == 1 { 12 } else { 2 };
     Shape {
         entry,
         tokens,
@@ -60,11 +72,23 @@ const fn shape(
 /// Narrow and wide blocks for every number of tokens. Measured on the H200: wide ones pay where narrow ones would fill it
 /// by far.
 const SHAPES: [[Shape; 2]; 4] = [
-    [shape("wgmma_16_2x1", 16, 2, 1, 288, 6, 7), shape("wgmma_16_2x2", 16, 2, 2, 288, 4, 4)],
-    [shape("wgmma_32_2x1", 32, 2, 1, 288, 4, 6), shape("wgmma_32_2x1", 32, 2, 1, 288, 4, 6)],
-    [shape("wgmma_64_3x1", 64, 3, 1, 416, 4, 5), shape("wgmma_64_2x2", 64, 2, 2, 384, 4, 8)],
-    [shape("wgmma_128_2x1", 128, 2, 1, 384, 4, 3), shape("wgmma_128_2x1", 128, 2, 1, 384, 4, 3)],
+    [shape("wgmma_16_2x1", 16, (2, 1), 288, 4, 8, 4), shape("wgmma_16_2x2", 16, (2, 2), 288, 4, 4, 2)],
+    [shape("wgmma_32_2x1", 32, (2, 1), 288, 4, 6, 2), shape("wgmma_32_2x1", 32, (2, 1), 288, 4, 6, 2)],
+    [shape("wgmma_64_3x1", 64, (3, 1), 416, 4, 5, 2), shape("wgmma_64_2x2", 64, (2, 2), 384, 4, 8, 2)],
+    [shape("wgmma_128_2x1", 128, (2, 1), 384, 4, 3, 2), shape("wgmma_128_2x1", 128, (2, 1), 384, 4, 3, 2)],
 ];
+/// The narrow blocks for 16 tokens of layers with many input features: a third block a multiprocessor is then worth less than
+/// a deeper ring, for which a block must have something to do.
+const DEEP: Shape = shape("wgmma_16_2x1", 16, (2, 1), 288, 6, 7, 12);
+/// Units along the input features from which on.
+const MANY_UNITS: usize = 48;
+
+/// The kernels of all shapes.
+pub(super) fn entries() -> impl Iterator<Item = &'static str> {
+    SHAPES.iter().flat_map(|[narrow, wide]| {
+        [Some(narrow.entry), (wide.entry != narrow.entry).then_some(wide.entry)].into_iter().flatten()
+    })
+}
 
 /// The largest numbers of rows that are done with fewer than 128 tokens at a time.
 pub(super) const FEW_ROWS: [usize; 3] = [16, 32, 64];
@@ -105,10 +129,9 @@ impl Blocks {
     fn new<T: Element>(
         device: &CudaDevice<T>,
         image: &str,
-        units: &Units,
+        unit: usize,
         shape: &Shape,
     ) -> Result<Self, KernelError> {
-        let unit = unit_bytes(units.groups, units.asym);
         let function = device.images().function(image, shape.entry, device.shared_memory())?;
         let fits = |&stages: &usize| shape.shared_memory(unit, stages) <= device.shared_memory();
         let stages = (2..=shape.stages).rev().find(fits).unwrap_or(2);
@@ -179,16 +202,19 @@ impl Tokens {
     pub(super) fn all<T: Element>(
         device: &CudaDevice<T>,
         image: &str,
-        units: &Units,
+        extent: Extent,
     ) -> Result<Vec<Self>, KernelError> {
+        let Extent { unit, unit_rows, k_units } = extent;
         let mut all = Vec::with_capacity(SHAPES.len());
         for [narrow, wide] in &SHAPES {
+            let deep = narrow.tokens == DEEP.tokens && k_units >= MANY_UNITS;
+            let narrow = if deep { &DEEP } else { narrow };
             all.push(Self {
                 tokens: narrow.tokens,
-                narrow: Blocks::new(device, image, units, narrow)?,
-                wide: Blocks::new(device, image, units, wide)?,
-                unit_rows: units.rows,
-                k_units: units.k_units,
+                narrow: Blocks::new(device, image, unit, narrow)?,
+                wide: Blocks::new(device, image, unit, wide)?,
+                unit_rows,
+                k_units,
             });
         }
         Ok(all)
@@ -237,7 +263,7 @@ mod tests {
     #[test]
     fn every_shape_fits_a_hopper_with_all_its_stages() {
         let most = 227 << 10;
-        for shape in SHAPES.iter().flatten() {
+        for shape in SHAPES.iter().flatten().chain([&DEEP]) {
             for (groups, asym) in [(1, false), (2, true), (4, true)] {
                 let shared = shape.shared_memory(unit_bytes(groups, asym), shape.stages);
                 assert!(shared <= most, "{} with {groups} groups: {shared}", shape.entry);
