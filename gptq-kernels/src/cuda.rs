@@ -22,6 +22,10 @@
 //! of graphs: [`CudaDevice::new`] switches that off for its context; a caller with a context of its own does so with
 //! [`CudaContext::disable_event_tracking`](cudarc::driver::CudaContext::disable_event_tracking).
 //!
+//! The driver compiles a kernel when the first layer that needs it is prepared, in 0.3 s, or takes it from its cache. What
+//! `cuda-wgmma-sm90` needs for more than eight rows is compiled in the background meanwhile: only the first pass with so many rows
+//! waits for that, if it has to, and the last clone of a device when it is dropped.
+//!
 //! ```no_run
 //! use gptq_kernels::{Device, cuda};
 //! use half::f16;

@@ -12,7 +12,7 @@ use std::{
     collections::HashMap,
     ffi::CString,
     ptr::null_mut,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     thread::{self, JoinHandle},
 };
 
@@ -97,8 +97,8 @@ impl Drop for Library {
 /// A kernel's module, empty until it is loaded; locked while it is.
 type Slot = Arc<Mutex<Option<Arc<Module>>>>;
 
-/// PTX by image.
-type Texts = Mutex<HashMap<&'static str, Arc<str>>>;
+/// PTX by image, unpacked when it is first asked for; nothing if the archive is damaged.
+type Texts = Mutex<HashMap<&'static str, Arc<OnceLock<Option<Arc<str>>>>>>;
 
 /// The images of one context.
 pub(super) struct Images {
@@ -188,13 +188,8 @@ impl Images {
 
 fn text(texts: &Texts, image: &'static Image) -> Result<Arc<str>, KernelError> {
     let damaged = || KernelError::Gpu { during: image.name, message: "the PTX image is damaged".into() };
-    let mut texts = lock(texts);
-    if let Some(text) = texts.get(image.name) {
-        return Ok(Arc::clone(text));
-    }
-    let text: Arc<str> = image.ptx().ok_or_else(damaged)?.into();
-    texts.insert(image.name, Arc::clone(&text));
-    Ok(text)
+    let text = Arc::clone(lock(texts).entry(image.name).or_default());
+    text.get_or_init(|| image.ptx().map(Arc::from)).clone().ok_or_else(damaged)
 }
 
 /// Loading a module is forbidden to a thread that records a graph, and to all threads while any of them does in the global
