@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use gptq_kernels::Backend;
-use gptq_llama::{Feed, KvCache, Llama, LlamaError, Rng, Sampling, SequenceId, Wanted};
+use gptq_llama::{Drawing, Feed, KvCache, Llama, LlamaError, Next, Rng, Sampling, SequenceId, Turn, Wanted};
 
 /// Tokens fed in one step.
 const STEP: usize = 512;
@@ -43,6 +43,8 @@ pub struct Conversation<'m, D: Backend> {
     tokens: Vec<u32>,
     options: ReplyOptions,
     rng: Rng,
+    /// The step that has been begun before its token was known, and the generator as it was before.
+    ahead: Option<(Drawing, Rng)>,
 }
 
 impl<'m, D: Backend> Conversation<'m, D> {
@@ -54,11 +56,14 @@ impl<'m, D: Backend> Conversation<'m, D> {
         let mut cache = model.cache(context)?;
         let sequence = cache.add();
         let rng = Rng::new(options.seed);
-        Ok(Self { model, cache, sequence, tokens: Vec::new(), options, rng })
+        Ok(Self { model, cache, sequence, tokens: Vec::new(), options, rng, ahead: None })
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) -> Result<(), LlamaError> {
+        if let Some((_, rng)) = self.ahead.take() {
+            self.rng = rng;
+        }
         self.tokens.clear();
         self.cache.truncate(self.sequence, 0)
     }
@@ -84,6 +89,10 @@ impl<'m, D: Backend> Conversation<'m, D> {
         if needed == 0 {
             return Err(LlamaError::NoTokens { what: "the first turn" }.into());
         }
+        // What was begun behind a reply that had ended by then is forgotten, and its random bits are not used up.
+        if let Some((_, rng)) = self.ahead.take() {
+            self.rng = rng;
+        }
         self.tokens.extend_from_slice(turn);
         let start = self.tokens.len();
         loop {
@@ -93,7 +102,12 @@ impl<'m, D: Backend> Conversation<'m, D> {
             if self.tokens.len() > limit {
                 return Ok(Ended::Full);
             }
-            let token = self.next()?;
+            let more = self.tokens.len() - start + 1 < self.options.max_new_tokens;
+            let token = if self.options.sampling.needs_history() {
+                self.draw_here()?
+            } else {
+                self.draw_there(more)?
+            };
             if self.options.stop_tokens.contains(&token) {
                 return Ok(Ended::Stop);
             }
@@ -104,27 +118,46 @@ impl<'m, D: Backend> Conversation<'m, D> {
         }
     }
 
-    /// Feeds what the cache does not have, and draws the token after it.
-    fn next(&mut self) -> Result<u32, LlamaError> {
+    /// Feeds what the cache does not have but for the last step of it, which begins at the position that is given.
+    fn feed(&mut self) -> Result<usize, LlamaError> {
         let sequence = self.sequence;
         // At least one token gives logits, even if the last reply stopped and nothing was said since.
-        let fed = self.cache.len(sequence)?.min(self.tokens.len() - 1);
+        let mut fed = self.cache.len(sequence)?.min(self.tokens.len() - 1);
         self.cache.truncate(sequence, fed)?;
-        let mut parts = self.tokens[fed..].chunks(STEP).peekable();
-        while let Some(tokens) = parts.next() {
-            let last = parts.peek().is_none();
-            let logits = if last { Wanted::Last } else { Wanted::None };
-            let logits = self.model.forward(&mut self.cache, &[Feed { sequence, tokens, logits }])?;
-            if !last {
-                continue;
-            }
-            if self.options.sampling.is_argmax() {
-                let position = self.tokens.len() - 1;
-                return logits.argmax()?[0].ok_or(LlamaError::NonFiniteLogits { position });
-            }
-            let mut logits = logits.to_array()?.into_raw_vec_and_offset().0;
-            return self.options.sampling.draw(&mut logits, &self.tokens, &mut self.rng);
+        while self.tokens.len() - fed > STEP {
+            let tokens = &self.tokens[fed..fed + STEP];
+            self.model.forward(&mut self.cache, &[Feed { sequence, tokens, logits: Wanted::None }])?;
+            fed += STEP;
         }
-        Err(LlamaError::NoTokens { what: "the conversation" })
+        Ok(fed)
+    }
+
+    /// Draws the next token on the host.
+    fn draw_here(&mut self) -> Result<u32, LlamaError> {
+        let fed = self.feed()?;
+        let feed = Feed { sequence: self.sequence, tokens: &self.tokens[fed..], logits: Wanted::Last };
+        let logits = self.model.forward(&mut self.cache, &[feed])?.to_array()?;
+        self.options.sampling.draw(&mut logits.into_raw_vec_and_offset().0, &self.tokens, &mut self.rng)
+    }
+
+    /// Draws the next token on the device, and begins the one behind it if there may be `more`.
+    fn draw_there(&mut self, more: bool) -> Result<u32, LlamaError> {
+        let drawing = match self.ahead.take() {
+            Some((drawing, _)) => drawing,
+            None => {
+                let fed = self.feed()?;
+                let draw = self.options.sampling.of(self.rng.next_u64());
+                let turn = Turn { sequence: self.sequence, next: Next::Tokens(&self.tokens[fed..]), draw };
+                self.model.step(&mut self.cache, &[turn])?
+            }
+        };
+        if D::QUEUES && more && self.tokens.len() < self.cache.max_tokens() {
+            let before = self.rng.clone();
+            let draw = self.options.sampling.of(self.rng.next_u64());
+            let turn = Turn { sequence: self.sequence, next: Next::Drawn, draw };
+            self.ahead = Some((self.model.step(&mut self.cache, &[turn])?, before));
+        }
+        let token = self.model.drawn(&mut self.cache, drawing)?[0];
+        token.ok_or(LlamaError::NonFiniteLogits { position: self.tokens.len() - 1 })
     }
 }

@@ -66,13 +66,13 @@ impl Sampling {
         self.of(rng.next_u64()).token(logits).ok_or(LlamaError::NonFiniteLogits { position })
     }
 
-    /// Whether tokens that came before matter, other than through the logits.
-    pub(crate) fn needs_history(&self) -> bool {
+    /// Whether tokens that came before matter, other than through the logits. If not, a device can draw ([`of`](Self::of)).
+    pub fn needs_history(&self) -> bool {
         self.repetition_penalty != 1.0
     }
 
-    /// The draw with these 64 random bits, without the penalty.
-    pub(crate) fn of(&self, random: u64) -> Draw {
+    /// The draw with these 64 random bits, without the penalty: what [`draw`](Self::draw) does, for a [`Turn`](crate::Turn).
+    pub fn of(&self, random: u64) -> Draw {
         let top_k = self.top_k.map_or(0, |k| u32::try_from(k.get()).unwrap_or(0));
         Draw { temperature: self.temperature, top_k, top_p: self.top_p, min_p: self.min_p, random }
     }

@@ -10,7 +10,11 @@ use super::{
 };
 use crate::{
     Device, KernelError, MatMut, MatRef,
-    cuda::{CudaDevice, CudaRef, Element, driver::Function, pinned::Readback},
+    cuda::{
+        CudaDevice, CudaRef, Element,
+        driver::{Function, Launch},
+        pinned::Readback,
+    },
 };
 
 type Read<'a, T> = MatRef<'a, CudaDevice<T>>;
@@ -20,6 +24,11 @@ type Write<'a, T> = MatMut<'a, CudaDevice<T>>;
 pub(super) const NORM_THREADS: u32 = 512;
 const ELEMENT_THREADS: u32 = 256;
 const DRAW_THREADS: u32 = 1024;
+
+/// Threads of a block and blocks of the team that samples a row, as in `draw.cuh`.
+fn team<T: Element>(device: &CudaDevice<T>) -> (u32, u32) {
+    if device.hopper() { (512, 8) } else { (1024, 1) }
+}
 
 /// Whether all of these addresses, and strides in elements, allow vectors of 16 bytes.
 pub(super) fn vectors(addresses: &[u64], strides: &[usize]) -> u32 {
@@ -77,10 +86,7 @@ pub(super) fn embed<T: Element>(
         vectors: vectors(&[y.address(), table.address()], &[y_stride, cols]),
     };
     // Not before what came before has ended: later kernels of a step read the step ahead of their wait, and rely on that.
-    let launch = crate::cuda::driver::Launch {
-        programmatic: false,
-        ..device.shape((rows_grid(rows)?, 1), NORM_THREADS, 0)
-    };
+    let launch = Launch { programmatic: false, ..device.shape((rows_grid(rows)?, 1), NORM_THREADS, 0) };
     // SAFETY: `EmbedArgs` field by field; the table and the step are of the sizes given and live as long as the stream uses
     // them, y was checked. The kernel checks tokens again.
     unsafe { device.row_kernels()?.embed.launch("embed", launch, y.stream(), &mut args) }
@@ -363,11 +369,12 @@ pub(super) fn draw<T: Element>(
         ..draw_args(&x, step.drawn().tokens())
     };
     let kernels = device.row_kernels()?;
-    let (name, function) = match shape.draws {
-        Draws::Sampled => ("draw_sampled", &kernels.draw_sampled),
-        _ => ("draw_greedy", &kernels.draw_greedy),
+    let (name, function, (threads, blocks)) = match shape.draws {
+        Draws::Sampled => ("draw_sampled", &kernels.draw_sampled, team(device)),
+        _ => ("draw_greedy", &kernels.draw_greedy, (DRAW_THREADS, 1)),
     };
-    let launch = device.shape((rows_grid(rows)?, 1), DRAW_THREADS, 0);
+    let launch = device.shape((rows_grid(rows * blocks as usize)?, 1), threads, 0);
+    let launch = Launch { cluster: blocks, ..launch };
     // SAFETY: `DrawArgs` field by field; the step has parameters, numbers and, if it advances, positions, tiles and tokens of
     // every row, and its drawn tokens have room for every row on the device and on the host.
     unsafe { function.launch(name, launch, device.stream().cu_stream(), &mut args) }
