@@ -13,7 +13,7 @@ script's folder), or `cargo bench -p gptq-benches --features cuda --bench cuda_l
 Copies of each weight are together at least 512 MB and are visited in turn in one CUDA graph; times are medians of
 replays, after each of which the GPU rests if there are many rows, with the fastest and slowest. Errors are |y - exact| /
 |exact| against a float64 product with the very weights that the kernel multiplies by. All int4 weights are symmetric, in groups of 128. All are timed on one shape before the next
-begins. A table in Markdown ends the output: of our kernels it has the one that `select()` takes, by the costs that ship or by
+begins. A table in Markdown ends the output, after SIGTERM too: of our kernels it has the one that `select()` takes, by the costs that ship or by
 FILE, which `measure_costs` has written; and in parentheses a faster one, if there is any among those that were timed (NAMEs,
 or all that `select()` takes for some number of rows of the shape).
 """
@@ -22,6 +22,7 @@ import argparse
 import concurrent.futures
 import copy
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -209,6 +210,14 @@ def main():
         print(f"ours not run: there is no {options.ours}")
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
     found = {}
+
+    def end(*_):
+        """What is there, and nothing more is waited for."""
+        table(found, ours.selected)
+        sys.stdout.flush()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, end)
     peers = [peer for peer in (cublas, tinygemm, humming) if peer.__name__ in options.peers.split(",")]
     for shape in shapes:
         k, n = shape

@@ -34,6 +34,7 @@
 //! | two units asked for before the kernel before this one has finished, not the whole ring, as the GEMV does it | 6.1 / 10.6 / 10.8 / 35.7 | 9.5 / 15.5 / 17.1 / 58.4 | 16.5 / - / 35.6 / - | -0.5 as for the GEMV; found 0.1 to 0.6. One and three: 0.1 to 0.3 more for 16 rows |
 //! | 16 rows: three narrow blocks a multiprocessor in 72 registers, in up to 8 slices, for up to 48 units of input features | **5.9 / 9.6 / 10.6 / 35.6** | | | more warps to hide latency: -3 %; found -4 % and, instead of wide blocks, -9 % on 4096 x 11008 |
 //! | 16 rows: four warpgroups in a block, a tile in 8 slices | 6.5 / 11.1 / 11.6 / - | | | half of the traffic of x, no block too many: -10 %; slower everywhere. Removed |
+//! | bf16: the upper code of a pair moved by a multiplication in fp16 instead of a shift (`Expander` in `wgmma.cuh`) | - / -0.1 / -0.25 / -1.6 for bf16 | - | - | as fast as fp16; found a third of the difference, nothing on 4096 x 4096. A shift by the upper half of a product (`mul.hi`) cost 7 to 25 % |
 //! | what a zero point becomes kept from one batch to the next of its group | | | | asym -2 %; +1 to 4 %: registers. Removed |
 //!
 //! Many rows, 1024 and 2048, in one run with cuBLAS (46 / 124 / 119 / 628 and 90 / 253 / 236 / 1247), each replay after 4 ms of rest:
@@ -46,6 +47,7 @@
 //! | scaled weights instead, nothing to wait for at the end of a group | 22.1 / **33.9** / 56 / **167** | **46.1** / **134** / **120** / **604** | **90.4** / **265** / **234** / **1231** | cuBLAS's speed; found 0.93 to 1.11 of it, 0.95 or more but for 1024 rows of 4096 x 11008, whose 344 tiles are 2.6 for each multiprocessor |
 //! | x sent to two blocks at once, with that | - / 34.6 / - / 169 | 47.5 / 135 / 122 / 602 | 90.8 / 264 / 234 / 1209 | -2 % at most; not taken: a second kind of barrier, across blocks, for that |
 //! | tiles shared by two blocks | - / - / - / **159** | - / **126** / - / - | - / **242** / - / - | 344 tiles on 132 multiprocessors would take 2.6 rounds instead of 3: 119; found 126, 1.03 and 0.97 of cuBLAS's speed with 2048 and 1024 rows. Sums cost 8 us on their way from block to block: what is stored has to arrive before it is announced, and asked for before it is loaded |
+//! | the same, a warp of its own announces sums and waits for them | - / - / - / 158 | - / 125 / - / - | - / 241 / - / - | -2 us; found 0 to 2. Shipped: 122, 238 and 158 from Rust |
 //! | the same, shared tiles before whole ones | - / - / - / 163 | - / 130 / - / 612 | - / 248 / - / 1350 | blocks in step read the same x at the same time; out of step all along they lose 3 to 8 % |
 //! | the same, x sent to two blocks at once | - / - / - / 158 | - / 128 / - / 603 | - / 242 / - / 1193 | if it were the reading of x: -5 %; it is not. Not taken |
 //! | 192 tokens | | 65 / 135 / 168 / 696 | 99 / 268 / 259 / 1281 | fewer tiles too many for 4096 x 11008; nothing |
