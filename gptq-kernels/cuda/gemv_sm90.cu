@@ -45,6 +45,29 @@ DEVICE void bulk_copy_elected(u32 to_shared, const void* from_global, u32 bytes,
         "}" ::"r"(to_shared), "l"(from_global), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// What becomes of codes: fp16 as in `unit.cuh`, halves that are `code - zero` times 1 / UNIT.
+template <class Half>
+struct Codes : Dequantizer<Half> {
+    static constexpr float UNIT = 1.0f;
+};
+
+// A quarter of `code - zero`, which spares what `Dequantizer` shifts by: the exponents 0 and 1 of bfloat16 being one linear
+// range, a code in bits 4..8 is code * 2^-129 as it stands, and 2^127 is the largest factor. All of it is exact.
+template <>
+struct Codes<Bf16> {
+    static constexpr float UNIT = 4.0f;
+
+    static DEVICE Zero zero(u32 z) {
+        const u32 low = 0xC200C200u + z * 0x00010001u;  // -(128 + z) / 4
+        return {low, Bf16::add2(low, 0x42004200u)};
+    }
+
+    static DEVICE void expand(u32& a, u32& b, u32 codes, const Zero (&z)[2]) {
+        a = Bf16::fma2(and_or<0x000F000Fu, 0x43004300u>(codes), 0x3E803E80u, z[0].low);
+        b = Bf16::fma2(codes & 0x00F000F0u, 0x7F007F00u, z[1].high);
+    }
+};
+
 // A lane's places in a unit.
 template <u32 GROUPS>
 struct Places {
@@ -53,7 +76,7 @@ struct Places {
         : codes((lane ^ lane / 8) * 16), scales(2048 + lane / 4 * 8), zeros(2048 + GROUPS * 64 + lane / 4 * 4) {}
 };
 
-// acc += unit * x: `x` is the lane's place in the rows or columns of x, at the unit's first input feature.
+// acc += unit * x / UNIT: `x` is the lane's place in the rows or columns of x, at the unit's first input feature.
 template <class Half, u32 GROUPS, bool ASYM, bool COLUMNS>
 DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& places, u32 x) {
     constexpr u32 STEPS = 8 / GROUPS; // steps of 16 input features in a group
@@ -74,7 +97,7 @@ DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& pl
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
 #pragma unroll
-                    for (u32 u = 0; u < 2; ++u) zero[h][u] = Dequantizer<Half>::zero((z >> (h * 16 + u * 8)) & 0xFF);
+                    for (u32 u = 0; u < 2; ++u) zero[h][u] = Codes<Half>::zero((z >> (h * 16 + u * 8)) & 0xFF);
                     for (u32 e = 0; e < 4; ++e) sum[h][e] = 0.0f;
                 }
             }
@@ -82,8 +105,8 @@ DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& pl
             for (u32 h = 0; h < 2; ++h) {
                 const u32 first = s % 2 ? codes[h].z : codes[h].x, second = s % 2 ? codes[h].w : codes[h].y;
                 u32 a[4];
-                Dequantizer<Half>::expand(a[0], a[1], first >> (s / 2 * 8), zero[h]);
-                Dequantizer<Half>::expand(a[2], a[3], second >> (s / 2 * 8), zero[h]);
+                Codes<Half>::expand(a[0], a[1], first >> (s / 2 * 8), zero[h]);
+                Codes<Half>::expand(a[2], a[3], second >> (s / 2 * 8), zero[h]);
                 Half::mma(sum[h], a, b[2 * s], b[2 * s + 1]);
             }
             if ((step + 1) % STEPS == 0) {
@@ -99,7 +122,8 @@ DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& pl
     }
 }
 
-template <class Half, u32 GROUPS, bool ASYM, u32 WARPS_N, u32 WARPS_K, u32 DEPTH, bool COLUMNS>
+// BY_BLOCK: x may be normalised or brought into another order, by the whole block; COLUMNS: in the layout of columns.
+template <class Half, u32 GROUPS, bool ASYM, u32 WARPS_N, u32 WARPS_K, u32 DEPTH, bool BY_BLOCK, bool COLUMNS>
 DEVICE void gemv(const GemvArgs& args) {
     constexpr u32 WARPS = WARPS_N * WARPS_K, THREADS = WARPS * 32, SLICES = PARTS / WARPS_K;
     constexpr u32 FEATURES = WARPS_N * 32, OWNED = FEATURES / SLICES; // of a cluster; finished by one block of it
@@ -164,8 +188,10 @@ DEVICE void gemv(const GemvArgs& args) {
     if (SLICES > 1) cluster_arrive();
     launch_dependents();
     Held held;
-    held.fetch(args);
-    if (args.padded) clear(staged, x_bytes), __syncthreads();
+    if (BY_BLOCK) {
+        held.fetch(args);
+        if (args.padded) clear(staged, x_bytes), __syncthreads();
+    }
 
     // Rows beyond the last repeat the last; their results are dropped.
     const u32 x_start = staged + x_place + (COLUMNS ? lane * 16 : min(lane / 4, args.rows - 1) * x_stride + lane % 4 * 16);
@@ -210,12 +236,11 @@ DEVICE void gemv(const GemvArgs& args) {
     wait_for_dependencies();
     static_assert(THREADS == NORM_THREADS, "");
     const Stage stage = {staged, x_stride, x_first * 128, x_width, norm_sums};
-    const bool by_block = args.norm != nullptr || args.places != nullptr;
     if (COLUMNS) stage_columns<Half>(args, fill, held, stage, spare);
-    else if (!by_block) stage_part(args, fill, staged + x_place, x_stride, first_unit * 128, part_units * 128, warp_n, WARPS_N);
+    else if (!BY_BLOCK) stage_part(args, fill, staged + x_place, x_stride, first_unit * 128, part_units * 128, warp_n, WARPS_N);
     else if (args.rows == 1 || args.places != nullptr) stage_rows<Half>(args, fill, held, stage);
     else stage_normalised<Half>(args, fill, held, stage);
-    if (WARPS_N > 1 || COLUMNS || by_block) __syncthreads();
+    if (WARPS_N > 1 || BY_BLOCK) __syncthreads();
     else __syncwarp();
     if (SLICES > 1) cluster_wait(); // all blocks have started
 
@@ -248,7 +273,7 @@ DEVICE void gemv(const GemvArgs& args) {
 #pragma unroll
                 for (u32 odd = 0; odd < 2; ++odd) {
                     const u32 token = (lane % 4) * 2 + odd;
-                    const float value = acc[tile][upper * 2 + odd];
+                    const float value = acc[tile][upper * 2 + odd] * Codes<Half>::UNIT;
                     if (SLICES == 1) store_shared_float_if(token < args.rows, address + token * OWNED * 4, value);
                     else remote_store_if(token < args.rows, address + token * OWNED * 4, value);
                 }
@@ -260,18 +285,26 @@ DEVICE void gemv(const GemvArgs& args) {
 }
 
 #ifndef PROTOTYPE
-// One image holds one type of activations (IMAGE_HALF), group size (IMAGE_GROUPS in a unit) and kind of zero (IMAGE_ASYM).
+// One image holds one type of activations (IMAGE_HALF), group size (IMAGE_GROUPS in a unit) and kind of zero (IMAGE_ASYM), and
+// layers whose x is as it is (IMAGE_BY_BLOCK false) or any others: what brings x to them is most of the code, takes the driver ten
+// times as long to compile, and takes registers, which attention has to find beside a block that waits for it.
 //
-// `gemv_<WARPS_N>x<WARPS_K>_<DEPTH>`, and `columns_` for act-ordered layers and several rows. One block has the registers of a
-// multiprocessor: two at a time, so that the next kernel could fill its rings early, leave a thread 64 of them and are slower.
-#define GEMV(NAME, WARPS_N, WARPS_K, DEPTH, COLUMNS) \
+// `gemv_<WARPS_N>x<WARPS_K>_<DEPTH>`; `block_` and `columns_`, the latter for act-ordered layers and several rows. One block has the
+// registers of a multiprocessor: two at a time, so that the next kernel could fill its rings early, leave a thread 64 of them and are slower.
+#define GEMV(NAME, WARPS_N, WARPS_K, DEPTH, BY_BLOCK, COLUMNS) \
     extern "C" __global__ void __launch_bounds__(WARPS_N * WARPS_K * 32, 1) \
         NAME##_##WARPS_N##x##WARPS_K##_##DEPTH(const __grid_constant__ GemvArgs args) { \
-        gemv<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, WARPS_N, WARPS_K, DEPTH, COLUMNS>(args); \
+        gemv<IMAGE_HALF, IMAGE_GROUPS, IMAGE_ASYM, WARPS_N, WARPS_K, DEPTH, BY_BLOCK, COLUMNS>(args); \
     }
-GEMV(gemv, 1, 16, 2, false)
-GEMV(gemv, 1, 16, 4, false)
-GEMV(gemv, 2, 8, 2, false)
-GEMV(columns, 1, 16, 2, true)
-GEMV(columns, 2, 8, 2, true)
+#if IMAGE_BY_BLOCK
+GEMV(block, 1, 16, 2, true, false)
+GEMV(block, 1, 16, 4, true, false)
+GEMV(block, 2, 8, 2, true, false)
+GEMV(columns, 1, 16, 2, true, true)
+GEMV(columns, 2, 8, 2, true, true)
+#else
+GEMV(gemv, 1, 16, 2, false, false)
+GEMV(gemv, 1, 16, 4, false, false)
+GEMV(gemv, 2, 8, 2, false, false)
+#endif
 #endif

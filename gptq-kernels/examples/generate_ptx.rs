@@ -28,7 +28,7 @@ const HALVES: [(&str, &str); 2] = [("f16", "Fp16"), ("bf16", "Bf16")];
 
 fn families() -> Vec<Family> {
     let mut plain = Vec::new();
-    let mut gemv = Vec::new();
+    let (mut gemv, mut gemv_block) = (Vec::new(), Vec::new());
     let mut wgmma = Vec::new();
     let (mut dense, mut dense90) = (Vec::new(), Vec::new());
     let (mut marlin, mut exllama) = (Vec::new(), Vec::new());
@@ -65,7 +65,12 @@ fn families() -> Vec<Family> {
             for (zero, asym) in [("sym", false), ("asym", true)] {
                 let groups = format!("-DIMAGE_GROUPS={}", 128 / group);
                 let macros = vec![half_macro.clone(), groups, format!("-DIMAGE_ASYM={asym}")];
-                gemv.push((format!("gemv-{half}-g{group}-{zero}"), macros.clone()));
+                for (family, by_block) in [(&mut gemv, 0), (&mut gemv_block, 1)] {
+                    let name = if by_block == 0 { "gemv" } else { "gemv-block" };
+                    let mut macros = macros.clone();
+                    macros.push(format!("-DIMAGE_BY_BLOCK={by_block}"));
+                    family.push((format!("{name}-{half}-g{group}-{zero}"), macros));
+                }
                 wgmma.push((format!("wgmma-{half}-g{group}-{zero}"), macros));
             }
         }
@@ -115,6 +120,7 @@ fn families() -> Vec<Family> {
             images: vec![("quantize".into(), Vec::new())],
         },
         Family { name: "gemv", source: "gemv_sm90.cu", arch: "compute_90", images: gemv },
+        Family { name: "gemv-block", source: "gemv_sm90.cu", arch: "compute_90", images: gemv_block },
         Family { name: "exllama", source: "exllama.cu", arch: "compute_80", images: exllama },
         Family { name: "marlin", source: "marlin.cu", arch: "compute_80", images: marlin },
         Family { name: "wgmma", source: "wgmma_sm90.cu", arch: "compute_90a", images: wgmma },

@@ -82,14 +82,14 @@ impl<T: Element> Gemv<T> {
 
 /// One shape of blocks, all of which compute the same bits.
 struct Variant {
-    entry: &'static str,
+    /// The end of the kernel's name.
+    shape: &'static str,
     /// Stripes that a block has in flight.
     stripes: usize,
     /// Parts that a block takes; `PARTS / parts` blocks are a cluster.
     parts: usize,
     /// Units in the ring of a warp.
     depth: usize,
-    layout: Layout,
 }
 
 /// How x lies in shared memory: see `gemv_stage.cuh`.
@@ -99,14 +99,9 @@ enum Layout {
     Columns,
 }
 
-const SHALLOW: Variant =
-    Variant { entry: "gemv_1x16_2", stripes: 1, parts: 16, depth: 2, layout: Layout::Rows };
-const DEEP: Variant = Variant { entry: "gemv_1x16_4", stripes: 1, parts: 16, depth: 4, layout: Layout::Rows };
-const PAIRED: Variant = Variant { entry: "gemv_2x8_2", stripes: 2, parts: 8, depth: 2, layout: Layout::Rows };
-const COLUMNS: Variant =
-    Variant { entry: "columns_1x16_2", stripes: 1, parts: 16, depth: 2, layout: Layout::Columns };
-const PAIRED_COLUMNS: Variant =
-    Variant { entry: "columns_2x8_2", stripes: 2, parts: 8, depth: 2, layout: Layout::Columns };
+const SHALLOW: Variant = Variant { shape: "1x16_2", stripes: 1, parts: 16, depth: 2 };
+const DEEP: Variant = Variant { shape: "1x16_4", stripes: 1, parts: 16, depth: 4 };
+const PAIRED: Variant = Variant { shape: "2x8_2", stripes: 2, parts: 8, depth: 2 };
 
 impl Variant {
     fn warps(&self) -> usize {
@@ -118,11 +113,11 @@ impl Variant {
     }
 
     /// Bytes of shared memory, laid out as `gemv` in `gemv_sm90.cu` does.
-    fn shared_memory(&self, unit: usize, k_units: usize, rows: usize) -> usize {
+    fn shared_memory(&self, layout: Layout, unit: usize, k_units: usize, rows: usize) -> usize {
         let barriers = (self.warps() * self.depth * 8).next_multiple_of(128);
         let rings = (self.warps() * self.depth * unit).next_multiple_of(128);
         let x_units = if self.slices() == 1 { k_units } else { k_units.div_ceil(self.slices()) + 1 };
-        let x = match self.layout {
+        let x = match layout {
             Layout::Rows => rows * (x_units * DEPTH * 2 + 64),
             Layout::Columns => x_units * DEPTH * 16 + self.warps() * 128,
         };
@@ -206,19 +201,26 @@ impl<T: Element> Gemv<T> {
         let order: &[Variant] = match (layout, deep) {
             (Layout::Rows, true) => &[DEEP, SHALLOW, PAIRED],
             (Layout::Rows, false) => &[SHALLOW, DEEP, PAIRED],
-            (Layout::Columns, _) => &[COLUMNS, PAIRED_COLUMNS],
+            (Layout::Columns, _) => &[SHALLOW, PAIRED],
+        };
+        // What brings x to a block is most of the code, and is in images of its own.
+        let by_block = units.gather.is_some() || spec.prologue != Prologue::Load;
+        let (family, kernel) = match layout {
+            Layout::Rows if !by_block => ("gemv", "gemv"),
+            Layout::Rows => ("gemv-block", "block"),
+            Layout::Columns => ("gemv-block", "columns"),
         };
         for variant in order {
             let (clusters, _) = clusters(variant);
-            let shared = variant.shared_memory(unit, units.k_units, rows);
+            let shared = variant.shared_memory(layout, unit, units.k_units, rows);
             // A block that has a slice of x sees whole rows only where it brings them into another order.
             let normalises =
                 spec.prologue == Prologue::Load || variant.slices() == 1 || units.gather.is_some();
             if shared > self.device.shared_memory() || !normalises {
                 continue;
             }
-            let function =
-                self.device.images().function(image, variant.entry, self.device.shared_memory())?;
+            let (image, entry) = (format!("{family}-{image}"), format!("{kernel}_{}", variant.shape));
+            let function = self.device.images().function(&image, &entry, self.device.shared_memory())?;
             let shape = Launch {
                 grid: ((clusters * variant.slices()) as u32, 1),
                 threads: (variant.warps() * 32) as u32,
@@ -239,7 +241,7 @@ impl<T: Element> Gemv<T> {
         norm: Option<RmsNorm<'_>>,
     ) -> Result<Option<GemvLinear<T>>, KernelError> {
         let zero = if units.asym { "asym" } else { "sym" };
-        let image = format!("gemv-{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
+        let image = format!("{}-g{}-{zero}", T::NAME, DEPTH / units.groups);
         let places = match &units.gather {
             Some(gather) => match Places::new(gather, spec.in_features) {
                 Some(places) => Some(places),
@@ -306,7 +308,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Gemv<T> {
     }
 
     fn version(&self) -> Option<String> {
-        super::image::version(&["gemv"])
+        super::image::version(&["gemv", "gemv-block"])
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {

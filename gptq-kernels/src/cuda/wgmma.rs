@@ -259,7 +259,7 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
     }
 
     fn version(&self) -> Option<String> {
-        super::image::version(&["wgmma", "gemv"])
+        super::image::version(&["wgmma", "gemv", "gemv-block"])
     }
 
     fn supports(&self, spec: &LinearSpec) -> Result<(), Unsupported> {
