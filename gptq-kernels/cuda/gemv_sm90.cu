@@ -10,7 +10,8 @@
 //        the layer has that prologue, in another order if it is act-ordered)
 //     3  unit by unit: codes to exact halves (code - zero), tensor core over one group, times the scale in float32
 //     4  push the part's sums into the shared memory of the block that finishes these output features
-//     5  finish these stripes: the bias, the 16 parts in order, the epilogue, round, store
+//     5  finish these stripes: the bias, the 16 parts in order, the epilogue, round, store; where a block has all parts, one round
+//        later, so that no warp waits for another
 //
 // No float atomics, and no order of addition that depends on timing, on the number of rows or on the shape of blocks and
 // clusters: results repeat to the bit, and row r of y depends on row r of x alone.
@@ -45,28 +46,40 @@ DEVICE void bulk_copy_elected(u32 to_shared, const void* from_global, u32 bytes,
         "}" ::"r"(to_shared), "l"(from_global), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// What becomes of codes: fp16 as in `unit.cuh`, halves that are `code - zero` times 1 / UNIT.
+// Codes become halves that are `code - zero` times 1 / UNIT, exactly, in two instructions each. The lower code of a byte as in
+// `unit.cuh`. The upper one stands there as a very small number already, the two lowest exponents being one linear range: code *
+// 2^-20 of fp16, code * 2^-129 of bfloat16, which has no other bits for it and would have to be shifted otherwise. UNIT is what
+// the largest factor leaves of that.
 template <class Half>
-struct Codes : Dequantizer<Half> {
-    static constexpr float UNIT = 1.0f;
-};
+struct Codes;
 
-// A quarter of `code - zero`, which spares what `Dequantizer` shifts by: the exponents 0 and 1 of bfloat16 being one linear
-// range, a code in bits 4..8 is code * 2^-129 as it stands, and 2^127 is the largest factor. All of it is exact.
-template <>
-struct Codes<Bf16> {
-    static constexpr float UNIT = 4.0f;
-
+template <u32 MAGIC, u32 LOW_FACTOR, u32 LOW_ZERO, u32 MAGIC_PART, u32 HIGH_FACTOR, class Half>
+struct CodesOf {
     static DEVICE Zero zero(u32 z) {
-        const u32 low = 0xC200C200u + z * 0x00010001u;  // -(128 + z) / 4
-        return {low, Bf16::add2(low, 0x42004200u)};
+        const u32 low = LOW_ZERO + z * 0x00010001u;
+        return {low, Half::add2(low, MAGIC_PART)};
     }
 
+    // The codes in the lowest byte of each half of `codes`, of features r and r + 8.
     static DEVICE void expand(u32& a, u32& b, u32 codes, const Zero (&z)[2]) {
-        a = Bf16::fma2(and_or<0x000F000Fu, 0x43004300u>(codes), 0x3E803E80u, z[0].low);
-        b = Bf16::fma2(codes & 0x00F000F0u, 0x7F007F00u, z[1].high);
+        a = Half::fma2(and_or<0x000F000Fu, MAGIC>(codes), LOW_FACTOR, z[0].low);
+        b = Half::fma2(codes & 0x00F000F0u, HIGH_FACTOR, z[1].high);
     }
 };
+
+// (1024 + code) / 32 - (1024 + zero) / 32, and code * 2^-20 * 2^15 - zero / 32.
+template <>
+struct Codes<Fp16> : CodesOf<0x64006400u, 0x28002800u, 0xD000D000u, 0x50005000u, 0x78007800u, Fp16> {
+    static constexpr float UNIT = 32.0f;
+};
+
+// (128 + code) / 4 - (128 + zero) / 4, and code * 2^-129 * 2^127 - zero / 4.
+template <>
+struct Codes<Bf16> : CodesOf<0x43004300u, 0x3E803E80u, 0xC200C200u, 0x42004200u, 0x7F007F00u, Bf16> {
+    static constexpr float UNIT = 4.0f;
+};
+
+DEVICE void mbarrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
 // A lane's places in a unit.
 template <u32 GROUPS>
@@ -76,16 +89,33 @@ struct Places {
         : codes((lane ^ lane / 8) * 16), scales(2048 + lane / 4 * 8), zeros(2048 + GROUPS * 64 + lane / 4 * 4) {}
 };
 
+// What a lane has of a unit.
+template <u32 GROUPS, bool ASYM>
+struct Unit {
+    uint4 codes[4]; // of the four fragments
+    uint2 scales[GROUPS];
+    u32 zeros[ASYM ? GROUPS : 1];
+
+    DEVICE Unit(u32 unit, const Places<GROUPS>& places) {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) codes[i] = load_shared_16(unit + places.codes + i * 512);
+#pragma unroll
+        for (u32 group = 0; group < GROUPS; ++group) {
+            scales[group] = load_shared_8(unit + places.scales + group * 64);
+            if (ASYM) zeros[group] = load_shared_4(unit + places.zeros + group * 32);
+        }
+        if (!ASYM) zeros[0] = 0x08080808u;
+    }
+};
+
 // acc += unit * x / UNIT: `x` is the lane's place in the rows or columns of x, at the unit's first input feature.
 template <class Half, u32 GROUPS, bool ASYM, bool COLUMNS>
-DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& places, u32 x) {
+DEVICE void multiply_unit(float (&acc)[2][4], const Unit<GROUPS, ASYM>& unit, u32 x) {
     constexpr u32 STEPS = 8 / GROUPS; // steps of 16 input features in a group
     float sum[2][4];
     Zero zero[2][2];
 #pragma unroll
     for (u32 f = 0; f < 2; ++f) {
-        const u32 fragment = unit + places.codes + f * 512;
-        const uint4 codes[2] = {load_shared_16(fragment), load_shared_16(fragment + 1024)};
         const uint4 lower = COLUMNS ? load_transposed(x + f * 1024) : load_shared_16(x + f * 128);
         const uint4 upper = COLUMNS ? load_transposed(x + f * 1024 + 512) : load_shared_16(x + f * 128 + 64);
         const u32 b[8] = {lower.x, lower.y, lower.z, lower.w, upper.x, upper.y, upper.z, upper.w};
@@ -93,7 +123,7 @@ DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& pl
         for (u32 s = 0; s < 4; ++s) {
             const u32 step = f * 4 + s, group = step / STEPS;
             if (step % STEPS == 0) {
-                const u32 z = ASYM ? load_shared_4(unit + places.zeros + group * 32) : 0x08080808u;
+                const u32 z = unit.zeros[ASYM ? group : 0];
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
 #pragma unroll
@@ -103,14 +133,15 @@ DEVICE void multiply_unit(float (&acc)[2][4], u32 unit, const Places<GROUPS>& pl
             }
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) {
-                const u32 first = s % 2 ? codes[h].z : codes[h].x, second = s % 2 ? codes[h].w : codes[h].y;
+                const uint4& codes = unit.codes[h * 2 + f];
+                const u32 first = s % 2 ? codes.z : codes.x, second = s % 2 ? codes.w : codes.y;
                 u32 a[4];
                 Codes<Half>::expand(a[0], a[1], first >> (s / 2 * 8), zero[h]);
                 Codes<Half>::expand(a[2], a[3], second >> (s / 2 * 8), zero[h]);
                 Half::mma(sum[h], a, b[2 * s], b[2 * s + 1]);
             }
             if ((step + 1) % STEPS == 0) {
-                const uint2 pair = load_shared_8(unit + places.scales + group * 64);
+                const uint2 pair = unit.scales[group];
                 const float scale[2][2] = {{Fp16::to_float((u16)pair.x), Fp16::to_float((u16)(pair.x >> 16))},
                                            {Fp16::to_float((u16)pair.y), Fp16::to_float((u16)(pair.y >> 16))}};
 #pragma unroll
@@ -128,6 +159,9 @@ DEVICE void gemv(const GemvArgs& args) {
     constexpr u32 WARPS = WARPS_N * WARPS_K, THREADS = WARPS * 32, SLICES = PARTS / WARPS_K;
     constexpr u32 FEATURES = WARPS_N * 32, OWNED = FEATURES / SLICES; // of a cluster; finished by one block of it
     constexpr u32 UNIT = unit_bytes(GROUPS, ASYM), RING = DEPTH * UNIT;
+    // A round is finished while the next one is multiplied, unless the blocks of a cluster have to meet anyway.
+    constexpr bool LATE = SLICES == 1;
+    constexpr u32 SLOTS = LATE ? 2 : 1; // of sums
     extern __shared__ __align__(128) u8 shared_memory[];
 
     // `uniform` and `opaque` keep the compiler from deriving these anew in every iteration.
@@ -140,7 +174,7 @@ DEVICE void gemv(const GemvArgs& args) {
     const u32 first_stripe = blockIdx.x / SLICES * WARPS_N;
     const u32 rounds = first_stripe < stripes ? (stripes - first_stripe + stripe_step - 1) / stripe_step : 0;
 
-    // Shared memory: barriers, rings, x, sums, those of the norm; what columns of other blocks overwrite.
+    // Shared memory: barriers, rings, x, sums, those of the norm, barriers of the sums; what columns of other blocks overwrite.
     const u32 barriers = shared + warp * DEPTH * 8;
     const u32 rings = shared + ring_offset(WARPS, DEPTH), ring = rings + warp * RING;
     const u32 x_first = part_start(args.k_units, slice * WARPS_K);
@@ -150,8 +184,9 @@ DEVICE void gemv(const GemvArgs& args) {
     // banks: two rows a phase, no conflict.
     const u32 x_units = SLICES == 1 ? args.k_units : (args.k_units + SLICES - 1) / SLICES + 1, x_stride = x_units * 256 + 64;
     const u32 x_bytes = COLUMNS ? x_units * 2048 : args.rows * x_stride, x_place = (first_unit - x_first) * (COLUMNS ? 2048 : 256);
-    const u32 sums = staged + x_bytes, sums_bytes = PARTS * args.rows * OWNED * 4, norm_sums = sums + sums_bytes;
-    const u32 spare = norm_sums + args.rows * NORM_WARPS * 4 + lane % 8 * 16 + warp * 128;
+    const u32 sums = staged + x_bytes, slot_bytes = PARTS * args.rows * OWNED * 4, norm_sums = sums + SLOTS * slot_bytes;
+    const u32 full = norm_sums + args.rows * NORM_WARPS * 4, empty = full + SLOTS * 8; // of the slots
+    const u32 spare = full + 32 + lane % 8 * 16 + warp * 128;
 
     // The stream of units: all of the part's in one stripe, then in the next stripe of this warp.
     const u8* source = args.units + ((u64)(first_stripe + warp_n) * args.k_units + first_unit) * UNIT;
@@ -173,6 +208,8 @@ DEVICE void gemv(const GemvArgs& args) {
     };
     if (lane == 0) {
         for (u32 i = 0; i < DEPTH; ++i) mbarrier_init(barriers + i * 8, 1);
+        if (LATE && warp == 0)
+            for (u32 i = 0; i < SLOTS; ++i) mbarrier_init(full + i * 8, THREADS), mbarrier_init(empty + i * 8, args.rows * 32);
         fence_mbarrier_init();
     }
     __syncwarp();
@@ -197,25 +234,26 @@ DEVICE void gemv(const GemvArgs& args) {
     const u32 x_start = staged + x_place + (COLUMNS ? lane * 16 : min(lane / 4, args.rows - 1) * x_stride + lane % 4 * 16);
     const Places<GROUPS> places(lane);
 
-    // At most one output a thread, and one row of x a warp.
-    static_assert(OWNED == 32 && 8 * OWNED <= THREADS, "");
-    const u32 token = threadIdx.x / OWNED, owned = slice * OWNED + threadIdx.x % OWNED;
-    const bool finishes = threadIdx.x < args.rows * OWNED;
+    // A row of x is finished by one warp, one output a thread: by one of warps 0 to 7 and of 8 to 15 in turn, so that no warp has to
+    // finish two rounds that follow each other.
+    static_assert(OWNED == 32 && WARPS == 16, "");
+    const u32 owned = slice * OWNED + lane;
+    auto token_of = [&](u32 round) { return LATE ? (warp + round % 2 * 8) % 16 : warp; };
     u32 added = 0; // of bias in the upper half, of y in the lower
     // Fetches what the product is added to, ahead of its use.
-    auto begin = [&](u32 stripe) {
+    auto begin = [&](u32 stripe, u32 token) {
         const u32 feature = stripe * 32 + owned;
-        if (!finishes || feature >= args.n) return;
+        if (token >= args.rows || feature >= args.n) return;
         added = args.bias != nullptr ? (u32)args.bias[feature] << 16 : 0;
         if (args.epilogue == ADD) added |= args.y[(u64)token * args.y_stride + feature];
     };
-    // Adds the parts of the stripes from `stripe` on that this block finishes.
-    auto finish = [&](u32 stripe) {
-        if (!finishes) return;
+    // Adds the parts in `slot` of the stripes from `stripe` on that this block finishes.
+    auto finish = [&](u32 stripe, u32 token, u32 slot) {
+        if (token >= args.rows) return;
         const u32 feature = stripe * 32 + owned;
         float part_sum[PARTS];
 #pragma unroll
-        for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(sums + (p * args.rows * OWNED + threadIdx.x) * 4);
+        for (u32 p = 0; p < PARTS; ++p) part_sum[p] = load_shared_float(slot + ((p * args.rows + token) * OWNED + lane) * 4);
         float sum = Fp16::to_float((u16)(added >> 16)) + Half::to_float((u16)added);
 #pragma unroll
         for (u32 p = 0; p < PARTS; ++p) sum += part_sum[p];
@@ -227,12 +265,18 @@ DEVICE void gemv(const GemvArgs& args) {
         }
         if (column < args.columns) args.y[(u64)token * args.y_stride + column] = Half::from_float(sum);
     };
-    // Of the block, or of the cluster.
-    auto barrier = [&] {
-        if (SLICES > 1) __syncwarp(), cluster_arrive(), cluster_wait();
-        else __syncthreads();
+    // When all parts of a round are there, which the warp's own next round has left time for.
+    auto finish_late = [&](u32 round) {
+        const u32 token = token_of(round), slot = round % SLOTS;
+        if (token >= args.rows) return;
+        mbarrier_wait(full + slot * 8, round / SLOTS % 2);
+        __syncwarp();
+        finish(first_stripe + round * stripe_step, token, sums + slot * slot_bytes);
+        mbarrier_arrive(empty + slot * 8);
     };
+    auto cluster_barrier = [&] { __syncwarp(), cluster_arrive(), cluster_wait(); };
 
+    if (LATE) __syncthreads(); // the barriers of the sums have been made
     wait_for_dependencies();
     static_assert(THREADS == NORM_THREADS, "");
     const Stage stage = {staged, x_stride, x_first * 128, x_width, norm_sums};
@@ -246,8 +290,8 @@ DEVICE void gemv(const GemvArgs& args) {
 
 #pragma unroll 1
     for (u32 round = 0; round < rounds; ++round) {
-        const u32 stripe = first_stripe + round * stripe_step;
-        begin(stripe);
+        const u32 stripe = first_stripe + round * stripe_step, slot = round % SLOTS;
+        begin(stripe, token_of(round));
         float acc[2][4] = {};
         const u32 count = stripe + warp_n < stripes ? part_units : 0;
         u32 x_address = x_start;
@@ -255,20 +299,26 @@ DEVICE void gemv(const GemvArgs& args) {
         for (u32 i = count; i != 0; --i) {
             mbarrier_wait(barrier_at, parity);
             __syncwarp();
-            multiply_unit<Half, GROUPS, ASYM, COLUMNS>(acc, unit, places, x_address);
-            __syncwarp();
+            const Unit<GROUPS, ASYM> held(unit, places);
+            __syncwarp(); // all lanes have read the slot
             fetch();
             advance();
+            multiply_unit<Half, GROUPS, ASYM, COLUMNS>(acc, held, x_address);
             x_address += COLUMNS ? 2048 : 256;
         }
 
-        if (round > 0) barrier(); // the sums of the round before have been added
+        if (LATE) {
+            if (round > 0) finish_late(round - 1);
+            if (round >= SLOTS) mbarrier_wait(empty + slot * 8, (round / SLOTS - 1) % 2), __syncwarp();
+        } else if (round > 0) {
+            cluster_barrier(); // the sums of the round before have been added
+        }
 #pragma unroll
         for (u32 tile = 0; tile < 2; ++tile) {
 #pragma unroll
             for (u32 upper = 0; upper < 2; ++upper) {
                 const u32 feature = warp_n * 32 + tile * 16 + upper * 8 + lane / 4;
-                const u32 local = sums + (part * args.rows * OWNED + feature % OWNED) * 4;
+                const u32 local = sums + slot * slot_bytes + (part * args.rows * OWNED + feature % OWNED) * 4;
                 const u32 address = SLICES == 1 ? local : remote_address(local, feature / OWNED);
 #pragma unroll
                 for (u32 odd = 0; odd < 2; ++odd) {
@@ -279,9 +329,14 @@ DEVICE void gemv(const GemvArgs& args) {
                 }
             }
         }
-        barrier();
-        finish(stripe);
+        if (LATE) {
+            mbarrier_arrive(full + slot * 8);
+        } else {
+            cluster_barrier();
+            finish(stripe, token_of(round), sums);
+        }
     }
+    if (LATE && rounds > 0) finish_late(rounds - 1);
 }
 
 #ifndef PROTOTYPE
@@ -298,13 +353,11 @@ DEVICE void gemv(const GemvArgs& args) {
     }
 #if IMAGE_BY_BLOCK
 GEMV(block, 1, 16, 2, true, false)
-GEMV(block, 1, 16, 4, true, false)
 GEMV(block, 2, 8, 2, true, false)
 GEMV(columns, 1, 16, 2, true, true)
 GEMV(columns, 2, 8, 2, true, true)
 #else
 GEMV(gemv, 1, 16, 2, false, false)
-GEMV(gemv, 1, 16, 4, false, false)
 GEMV(gemv, 2, 8, 2, false, false)
 #endif
 #endif

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use crate::{DenseWeight, Device, Draw, KernelError, LinearKernel, MatMut, MatRef, Workspace};
+use crate::{DenseWeight, Device, Draw, KernelError, Linear, LinearKernel, MatMut, MatRef, Workspace};
 
 /// A device that can run a whole decoder: what a Llama needs besides quantised linear layers.
 ///
@@ -113,6 +113,21 @@ pub trait Backend: Device + Sized {
         order: Option<&Self::Order>,
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError>;
+
+    /// [`rms_norm`](Self::rms_norm), to the same bits, of which `next` takes the result: a device may begin to fetch its weights
+    /// meanwhile.
+    fn rms_norm_for(
+        &self,
+        next: Option<&dyn Linear<Self>>,
+        x: MatRef<'_, Self>,
+        weight: Self::Slice<'_>,
+        eps: f32,
+        order: Option<&Self::Order>,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        let _ = next;
+        self.rms_norm(x, weight, eps, order, y)
+    }
 
     /// `residual += delta`, then `y = rms_norm(residual)`: the two steps between blocks of a decoder, in one pass. The residual
     /// has no order.

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use gptq_format::PackedLinear;
 
-use crate::{Device, Fusion, KernelError, Linear, LinearSpec, MatMut, MatRef, Workspace};
+use crate::{Device, Fusion, KernelError, Linear, LinearSpec, MatMut, MatRef, Span, Workspace};
 
 /// The layer with its input features sorted by group, and their order; `None` if it takes them as they are. A norm adds up the
 /// squares of `x` as it is, so that its layer does, too.
@@ -49,6 +49,10 @@ impl<D: Device> Linear<D> for InOrder<D> {
 
     fn weight_bytes(&self) -> usize {
         self.layer.weight_bytes()
+    }
+
+    fn read_first(&self) -> Option<Span<'_>> {
+        self.layer.read_first()
     }
 
     fn workspace_len(&self, rows: usize) -> usize {

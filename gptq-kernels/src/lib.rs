@@ -26,7 +26,7 @@ pub use device::{Device, Workspace};
 pub use draw::Draw;
 pub use error::{KernelError, Unsupported};
 pub use fusion::{Epilogue, Fusion, Prologue, RmsNorm};
-pub use linear::{Linear, LinearKernel, LinearSpec, WeightFormat};
+pub use linear::{Linear, LinearKernel, LinearSpec, Span, WeightFormat};
 pub use matrix::{MatMut, MatRef};
 pub use select::{
     CostError, CostPoint, CostTable, Measurement, PassedOver, Reason, Selection, Selector, Workload,

@@ -1,4 +1,4 @@
-use std::ops::RangeInclusive;
+use std::{marker::PhantomData, ops::RangeInclusive};
 
 use gptq_format::{Bits, PackedLinear};
 
@@ -252,6 +252,16 @@ pub trait LinearKernel<D: Device>: Send + Sync {
     fn error_bound(&self, spec: &LinearSpec) -> ErrorBound;
 }
 
+/// Memory of a layer, by its address on the layer's device, which nothing writes as long as the layer is there.
+#[derive(Clone, Copy, Debug)]
+pub struct Span<'a> {
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(crate) address: u64,
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(crate) bytes: usize,
+    pub(crate) layer: PhantomData<&'a ()>,
+}
+
 /// A linear layer that is ready to run: the [`Prologue`] of `x`, `y = x W^T + bias`, quantised or dense, then the
 /// [`Epilogue`].
 ///
@@ -281,6 +291,11 @@ pub trait Linear<D: Device>: Send + Sync {
 
     /// Bytes of weight, scales and zeros that one forward pass has to read.
     fn weight_bytes(&self) -> usize;
+
+    /// What of the weight a call of few rows reads first, for what runs ahead of it; `None` if that is of no use.
+    fn read_first(&self) -> Option<Span<'_>> {
+        None
+    }
 
     /// Elements of scratch that [`forward`](Self::forward) needs for `rows` rows.
     fn workspace_len(&self, rows: usize) -> usize;

@@ -54,7 +54,7 @@ use super::{
 };
 use crate::{
     Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Prologue,
-    RmsNorm, Unsupported, WeightFormat, Workspace, cpu::check_operands,
+    RmsNorm, Span, Unsupported, WeightFormat, Workspace, cpu::check_operands,
 };
 
 pub(super) const NAME: &str = "cuda-gemv-sm90";
@@ -99,8 +99,7 @@ enum Layout {
     Columns,
 }
 
-const SHALLOW: Variant = Variant { shape: "1x16_2", stripes: 1, parts: 16, depth: 2 };
-const DEEP: Variant = Variant { shape: "1x16_4", stripes: 1, parts: 16, depth: 4 };
+const WHOLE: Variant = Variant { shape: "1x16_2", stripes: 1, parts: 16, depth: 2 };
 const PAIRED: Variant = Variant { shape: "2x8_2", stripes: 2, parts: 8, depth: 2 };
 
 impl Variant {
@@ -121,7 +120,9 @@ impl Variant {
             Layout::Rows => rows * (x_units * DEPTH * 2 + 64),
             Layout::Columns => x_units * DEPTH * 16 + self.warps() * 128,
         };
-        let sums = PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4;
+        // Two slots, but for clusters, and their barriers.
+        let slots = if self.slices() == 1 { 2 } else { 1 };
+        let sums = slots * PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4 + 32;
         let norm_sums = rows * NORM_WARPS * 4;
         barriers + rings + x + sums + norm_sums
     }
@@ -193,15 +194,7 @@ impl<T: Element> Gemv<T> {
         let unit = unit_bytes(units.groups, units.asym);
         let clusters = |variant: &Variant| {
             let most = self.device.multiprocessors() as usize / variant.slices();
-            let blocks = stripes.div_ceil(variant.stripes);
-            (blocks.min(most.max(1)), blocks.div_ceil(most.max(1)))
-        };
-        // Measured on the H200: a deeper ring pays where blocks have many rounds of many units, and costs elsewhere.
-        let deep = clusters(&SHALLOW).1 >= 4 && units.k_units >= 4 * PARTS;
-        let order: &[Variant] = match (layout, deep) {
-            (Layout::Rows, true) => &[DEEP, SHALLOW, PAIRED],
-            (Layout::Rows, false) => &[SHALLOW, DEEP, PAIRED],
-            (Layout::Columns, _) => &[SHALLOW, PAIRED],
+            stripes.div_ceil(variant.stripes).min(most.max(1))
         };
         // What brings x to a block is most of the code, and is in images of its own.
         let by_block = units.gather.is_some() || spec.prologue != Prologue::Load;
@@ -210,8 +203,8 @@ impl<T: Element> Gemv<T> {
             Layout::Rows => ("gemv-block", "block"),
             Layout::Columns => ("gemv-block", "columns"),
         };
-        for variant in order {
-            let (clusters, _) = clusters(variant);
+        for variant in [WHOLE, PAIRED] {
+            let clusters = clusters(&variant);
             let shared = variant.shared_memory(layout, unit, units.k_units, rows);
             // A block that has a slice of x sees whole rows only where it brings them into another order.
             let normalises =
@@ -387,6 +380,11 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
 
     fn weight_bytes(&self) -> usize {
         [&self.units, &self.row_places, &self.bias, &self.norm].map(Resident::bytes).iter().sum()
+    }
+
+    fn read_first(&self) -> Option<Span<'_>> {
+        let (address, bytes) = (self.units.address(), self.units.bytes());
+        Some(Span { address, bytes, layer: PhantomData })
     }
 
     fn workspace_len(&self, _: usize) -> usize {

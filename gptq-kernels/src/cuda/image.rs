@@ -98,12 +98,12 @@ images! {
         "gather_weight_bf16", "zero_columns", "columns_gptq", "columns_gptaq", "update_gptq", "update_gptaq", "dequantize_f16", "dequantize_bf16",
         "pack_codes", "pack_grids",
     ] => "quantize";
-    "gemv" &["gemv_1x16_2", "gemv_1x16_4", "gemv_2x8_2"] =>
+    "gemv" &["gemv_1x16_2", "gemv_2x8_2"] =>
         "gemv-f16-g128-sym" "gemv-f16-g128-asym" "gemv-f16-g64-sym" "gemv-f16-g64-asym"
         "gemv-f16-g32-sym" "gemv-f16-g32-asym"
         "gemv-bf16-g128-sym" "gemv-bf16-g128-asym" "gemv-bf16-g64-sym" "gemv-bf16-g64-asym"
         "gemv-bf16-g32-sym" "gemv-bf16-g32-asym";
-    "gemv-block" &["block_1x16_2", "block_1x16_4", "block_2x8_2", "columns_1x16_2", "columns_2x8_2"] =>
+    "gemv-block" &["block_1x16_2", "block_2x8_2", "columns_1x16_2", "columns_2x8_2"] =>
         "gemv-block-f16-g128-sym" "gemv-block-f16-g128-asym" "gemv-block-f16-g64-sym" "gemv-block-f16-g64-asym"
         "gemv-block-f16-g32-sym" "gemv-block-f16-g32-asym"
         "gemv-block-bf16-g128-sym" "gemv-block-bf16-g128-asym" "gemv-block-bf16-g64-sym" "gemv-block-bf16-g64-asym"

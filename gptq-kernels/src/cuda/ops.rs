@@ -40,8 +40,8 @@ pub(super) use functions::Operations;
 
 use super::{CudaDevice, CudaRef, Element};
 use crate::{
-    AttentionShape, Backend, DenseWeight, KernelError, KvShape, LinearKernel, MatMut, MatRef, StepPlan,
-    Workspace, matrix::expect_shape,
+    AttentionShape, Backend, DenseWeight, KernelError, KvShape, Linear, LinearKernel, MatMut, MatRef,
+    StepPlan, Workspace, matrix::expect_shape,
 };
 
 /// Fails unless `got` is below `limit`.
@@ -122,7 +122,19 @@ impl<T: Element> Backend for CudaDevice<T> {
         order: Option<&CudaOrder>,
         y: MatMut<'_, Self>,
     ) -> Result<(), KernelError> {
-        element::rms_norm(self, x, weight, eps, order, y)
+        element::rms_norm(self, None, x, weight, eps, order, y)
+    }
+
+    fn rms_norm_for(
+        &self,
+        next: Option<&dyn Linear<Self>>,
+        x: MatRef<'_, Self>,
+        weight: CudaRef<'_, T>,
+        eps: f32,
+        order: Option<&CudaOrder>,
+        y: MatMut<'_, Self>,
+    ) -> Result<(), KernelError> {
+        element::rms_norm(self, next.and_then(Linear::read_first), x, weight, eps, order, y)
     }
 
     fn add_rms_norm(

@@ -89,7 +89,7 @@ use super::{
 };
 use crate::{
     Backend, Device, Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
-    MatRef, Unsupported, WeightFormat, Workspace, cpu::check_operands,
+    MatRef, Span, Unsupported, WeightFormat, Workspace, cpu::check_operands,
 };
 use many::{Factor, Many};
 use plan::{Extent, FEW_ROWS, MOST_SLICES, Tokens};
@@ -514,6 +514,10 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
 
     fn weight_bytes(&self) -> usize {
         self.gemv.weight_bytes()
+    }
+
+    fn read_first(&self) -> Option<Span<'_>> {
+        self.gemv.read_first()
     }
 
     fn workspace_len(&self, rows: usize) -> usize {

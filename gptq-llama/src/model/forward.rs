@@ -171,7 +171,7 @@ impl<D: Backend> Pass<'_, D> {
         let mut residual = Residual::Added;
         let last = model.layers.len() - 1;
         for (i, layer) in model.layers.iter().enumerate() {
-            model.normalise(residual, &layer.input_norm, stream, block, rows)?;
+            model.normalise(residual, &layer.input_norm, layer.qkv.linears().next(), stream, block, rows)?;
             watch.lap(|t| &mut t.norms)?;
             layer.qkv.forward(mat(&block.norm, rows, hidden)?, qkv, &mut block.workspace)?;
             watch.lap(|t| &mut t.qkv)?;
@@ -200,7 +200,7 @@ impl<D: Backend> Pass<'_, D> {
             };
             residual = model.finish_layer(layer, stream, block, rows, &mut watch)?;
             if i == last {
-                model.normalise(residual, &model.norm, stream, block, rows)?;
+                model.normalise(residual, &model.norm, Some(model.lm_head.as_ref()), stream, block, rows)?;
                 watch.lap(|t| &mut t.norms)?;
                 let y = mat_mut(logits, rows, config.vocab_size)?;
                 model.lm_head.forward(mat(&block.norm, rows, hidden)?, y, &mut block.workspace)?;
@@ -216,11 +216,12 @@ impl<D: Backend> Pass<'_, D> {
 }
 
 impl<D: Backend> Llama<D> {
-    /// `block.norm = norm(hidden)`, in the order of the layers behind it, after what waits has been added.
+    /// `block.norm = norm(hidden)`, in the order of the layers behind it, of which `next` is the first, after what waits has been added.
     fn normalise(
         &self,
         residual: Residual,
         norm: &OrderedNorm<D>,
+        next: Option<&dyn Linear<D>>,
         stream: &mut Stream<D>,
         block: &mut Block<D>,
         rows: usize,
@@ -228,7 +229,7 @@ impl<D: Backend> Llama<D> {
         let (device, hidden) = (&self.device, self.config.hidden_size);
         let y = mat_mut(&mut block.norm, rows, hidden)?;
         match residual {
-            Residual::Added => norm.forward(device, mat(&stream.hidden, rows, hidden)?, y),
+            Residual::Added => norm.forward(device, next, mat(&stream.hidden, rows, hidden)?, y),
             Residual::Waiting => {
                 let x = mat_mut(&mut stream.hidden, rows, hidden)?;
                 norm.add_and_forward(device, x, mat(&block.delta, rows, hidden)?, y)
@@ -267,7 +268,7 @@ impl<D: Backend> Llama<D> {
         let Block { delta, workspace, .. } = block;
         let residual = self.project(layer.o.as_ref(), x, &mut stream.hidden, delta, workspace)?;
         watch.lap(|t| &mut t.o)?;
-        self.normalise(residual, &layer.post_norm, stream, block, rows)?;
+        self.normalise(residual, &layer.post_norm, layer.gate_up.linears().next(), stream, block, rows)?;
         watch.lap(|t| &mut t.norms)?;
         let x = mat(&block.norm, rows, hidden)?;
         if layer.gate_up.is_fused() {

@@ -1,4 +1,4 @@
-use gptq_kernels::{Backend, KernelError, MatMut, MatRef};
+use gptq_kernels::{Backend, KernelError, Linear, MatMut, MatRef};
 
 use crate::{LlamaError, WeightSource, buffers::all, weights::read_tensor};
 
@@ -31,9 +31,15 @@ impl<D: Backend> OrderedNorm<D> {
         Ok(Self { weight: super::load::upload(device, &weight)?, order: prepared, eps })
     }
 
-    /// `y = norm(x)`
-    pub(super) fn forward(&self, device: &D, x: MatRef<'_, D>, y: MatMut<'_, D>) -> Result<(), KernelError> {
-        device.rms_norm(x, all::<D>(&self.weight), self.eps, self.order.as_ref(), y)
+    /// `y = norm(x)`, for `next` to read.
+    pub(super) fn forward(
+        &self,
+        device: &D,
+        next: Option<&dyn Linear<D>>,
+        x: MatRef<'_, D>,
+        y: MatMut<'_, D>,
+    ) -> Result<(), KernelError> {
+        device.rms_norm_for(next, x, all::<D>(&self.weight), self.eps, self.order.as_ref(), y)
     }
 
     /// `residual += delta`, then `y = norm(residual)`

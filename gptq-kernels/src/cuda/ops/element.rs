@@ -9,7 +9,7 @@ use super::{
     step::{DRAWN, Draws},
 };
 use crate::{
-    Device, KernelError, MatMut, MatRef,
+    Device, KernelError, MatMut, MatRef, Span,
     cuda::{
         CudaDevice, CudaRef, Element,
         driver::{Function, Launch},
@@ -100,13 +100,21 @@ struct NormArgs {
     weight: u64,
     order: u64,
     y: u64,
+    ahead: u64,
     x_stride: u64,
     delta_stride: u64,
     y_stride: u64,
     cols: u32,
     vectors: u32,
+    rows: u32,
+    ahead_bytes: u32,
     eps: f32,
 }
+
+/// What a block fetches for the layer behind a norm, and up to how many rows it is worth it: those that a layer's kernel for few
+/// rows does.
+const BLOCK_AHEAD: usize = 32 << 10;
+const FEW_ROWS: usize = 8;
 
 #[allow(clippy::too_many_arguments)]
 fn norm<T: Element>(
@@ -117,6 +125,7 @@ fn norm<T: Element>(
     weight: CudaRef<'_, T>,
     eps: f32,
     order: Option<&CudaOrder>,
+    next: Option<Span<'_>>,
     y: Write<'_, T>,
 ) -> Result<(), KernelError> {
     let (rows, cols) = (y.rows(), y.cols());
@@ -126,29 +135,38 @@ fn norm<T: Element>(
     let y_stride = stride(rows, y.row_stride());
     let y = y.into_data();
     let (x_stride, delta_stride) = (stride(rows, x.1), stride(rows, delta.1));
+    // Multiprocessors that have no row.
+    let idle = (device.multiprocessors() as usize).saturating_sub(rows);
+    let ahead = next.filter(|_| rows <= FEW_ROWS && device.hopper());
+    let ahead_bytes = ahead.map_or(0, |span| span.bytes.min(idle * BLOCK_AHEAD));
     let mut args = NormArgs {
         x: x.0,
         delta: delta.0,
         weight: weight.address(),
         order: order.map_or(0, CudaOrder::address),
         y: y.address(),
+        ahead: ahead.map_or(0, |span| span.address),
         x_stride: x_stride as u64,
         delta_stride: delta_stride as u64,
         y_stride: y_stride as u64,
         cols: cols as u32,
         vectors: vectors(&[x.0, delta.0, weight.address(), y.address()], &[x_stride, delta_stride, y_stride]),
+        rows: rows as u32,
+        ahead_bytes: ahead_bytes as u32,
         eps,
     };
     let shared = order.map_or(0, CudaOrder::row_bytes::<T>);
-    let launch = device.shape((rows_grid(rows)?, 1), NORM_THREADS, shared);
+    let grid = rows_grid(rows + ahead_bytes.div_ceil(BLOCK_AHEAD))?;
+    let launch = device.shape((grid, 1), NORM_THREADS, shared);
     // SAFETY: `NormArgs` field by field; the callers have compared all shapes, and borrow what the addresses are of; an order
-    // has only columns of x, and then shared memory holds a row. Weight and order are read ahead of the wait: no kernel
-    // writes them.
+    // has only columns of x, and then shared memory holds a row. Weight, order and what is ahead are read ahead of the wait: no kernel
+    // writes them. What is ahead belongs to a layer that runs behind this kernel on the same stream, whenever it runs.
     unsafe { function.launch(name, launch, y.stream(), &mut args) }
 }
 
 pub(super) fn rms_norm<T: Element>(
     device: &CudaDevice<T>,
+    next: Option<Span<'_>>,
     x: Read<'_, T>,
     weight: CudaRef<'_, T>,
     eps: f32,
@@ -165,7 +183,7 @@ pub(super) fn rms_norm<T: Element>(
         }
         None => ("rms_norm", &kernels.rms_norm),
     };
-    norm(device, function, (x.data().address(), x.row_stride()), (0, 0), weight, eps, order, y)
+    norm(device, function, (x.data().address(), x.row_stride()), (0, 0), weight, eps, order, next, y)
 }
 
 pub(super) fn add_rms_norm<T: Element>(
@@ -192,7 +210,7 @@ pub(super) fn add_rms_norm<T: Element>(
     let x_stride = residual.row_stride();
     let x = residual.into_data();
     let delta = (delta.data().address(), delta.row_stride());
-    norm(device, function, (x.address(), x_stride), delta, weight, eps, order, y)
+    norm(device, function, (x.address(), x_stride), delta, weight, eps, order, None, y)
 }
 
 /// `ElementArgs` of `ops.cu`.
