@@ -24,6 +24,9 @@
 //!
 //! | act-order: the block brings x to its places by stores free of conflicts, the order inside a group being chosen for that; for several rows 16 bytes a column, transposed by `stmatrix` and back by `ldmatrix` | 4.9 / 7.8 / 8.6 / 30.5 act-ordered; eight rows of 4096 x 4096 6.0 | within 5 %; see below. Was 8.6 for eight rows, 65 % more than in order |
 //! | one unit a warp ahead of the wait, the others behind the loads of x | 3.6 / 6.9 / 7.1 / 29.3; act-ordered 4.2 / - / 8.2 / - | -0.3: that a barrier of the block behind the loads of x cost 0.5 told that some warps came late, and bulk copies are issued one after the other by all warps; found -0.5 |
+//! | x as it is: kernels without the ways to normalise or reorder it, 72 registers instead of 118 | 3.6 / 7.1 / 7.1 / 30.4; the version above in these runs 3.6 / 6.9 / 7.1 / 30.2 | room for a block of attention beside one that waits for it, -1 in a model: found nothing, and 0.2 lost on 4096 x 11008, since the compiler orders the loop otherwise; the driver compiles them in 0.1 s instead of 1.2 |
+//! | codes in the upper half of a byte as very small numbers instead of shifted ones | bf16 3.5 / 7.0 / 7.1 / 30.0, was 3.8 / 7.4 / 7.2 / 30.5; fp16 as before | 32 of 257 instructions of bf16; now both types have the same |
+//! | a slot of the ring is refilled when its unit is in registers, and a round finished one round later, without a barrier; rings of 2 for all | 3.5 / 7.0 / 7.15 / 29.5; eight rows 4.5 / 7.9 / - / -, were 4.6 / 8.3 | a round takes 1.7 in a block that is alone on the GPU, weights in L2: expected 1.3; found 1.6, which shows where bytes are not the limit: eight rows, and 8192 x 28672 |
 //!
 //! Not taken: codes as subnormal halves, without a subtraction, the zero point as a multiple of the sum of x over a group
 //! that the tensor core adds up (64 of 225 instructions less, expected -0.5; found +0.3 on 4096 x 4096 and -0.2 on
@@ -39,8 +42,32 @@
 //! costs beside its own arithmetic: 1.0 for one row of 4096 features, about what its own kernel costs in a chain, whose wait the
 //! next layer's first weights fill. So a decoder gains nothing by the prologue (`benches/RESULTS-llama-cuda.md`).
 //!
-//! What limits it: of 225 instructions for 128 weights a thread (1.8 a weight) 100 are integer ones, which are issued at half
-//! rate; four warps a scheduler hide most of their latency.
+//! What limits it: instructions, more than bytes. With the weights in L2 the layers take 3.4 / 6.5 / 6.0 / 29.2, that is 0.1 to 1.2 us less, and
+//! a block that has the GPU for itself takes 2.8, 6.2 and 11.4 for one, three and six rounds of 4096 input features: 1.7 a round, which
+//! is what all blocks together take of L2, and 0.4 less than the memory needs. In that time the schedulers issue 0.6 instructions a
+//! cycle, 222 for 128 weights a thread, of which 100 are integer ones, at half rate (ncu: integer pipe 51 %, tensor core 7 %). So to fetch weights
+//! into L2 ahead gains little. Microseconds of all four layers, norms and attention of 32 layers of 7B in one graph, where these took
+//! 1225 to 1249 without:
+//!
+//! | weights fetched into L2 ahead | expected | found |
+//! |---|---|---|
+//! | of the layer itself, ahead of the wait, 1 / 3 / 8 units a warp | -30 | +10 / +49 / +127: they are in front of x and of nearer units |
+//! | by o, while it waits for attention, 4 to 24 MB of gate and up | -60 | +8 |
+//! | of the next layer, piece by piece with every unit, 4 to 45 MB | -50 | +50 to +200 |
+//! | of the next layer, 4 MB when a warp's last unit is done | -20 | -15 |
+//! | by blocks beside that of a norm, 2 to 4 MB of the layer behind it | -60 | -20 to -35: taken, see `ops.cu` |
+//! | by blocks beside those of attention, 2 to 8 MB | -60 | -20 more |
+//!
+//! Not taken either: units in registers straight from memory (4.1 / 7.5 / 7.7 / 30.9: the compiler's order of loads and uses is not a
+//! ring's); two units at a time, for twice the independent instructions (4.1 / 7.5 / 7.4 / 29.5); rings of 3 and 4 (+0.5); two blocks a
+//! multiprocessor with 56 to 62 registers (4.5 / 7.4 / 10.2 / 29.9, and 1.7 ms for the 32 layers); two units ahead of the wait where
+//! attention or a norm leaves time for it (nothing).
+//!
+//! What would help is a third of the instructions. Not tried: x in fp16 is 41 bits of fixed point, six signed digits of 8 bits, which are
+//! six of the eight columns that `mma.m16n8k32.s32.u8.s8` has for one row. Codes are then its operand by one mask for each four, `w &
+//! 0x0F0F0F0F` for the features r and `w & 0xF0F0F0F0`, sixteen times the code, for r + 8, in the order in which they lie; sums in a group are
+//! exact. It takes 32 masks and 8 products for 128 weights a thread, and some 160 instructions a warp to make digits of its x. Each further row
+//! takes 8 products more, and bf16 has too many exponents.
 
 use std::marker::PhantomData;
 
