@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 use gptq_core::GptqConfig;
 use gptq_examples::{
     data::RowSource,
-    device::{DeviceArgs, Job, Machine},
+    device::{Activations, DeviceArgs, Job, Machine},
     failure::{Failure, run},
     plot, progress, tune,
 };
@@ -151,6 +151,9 @@ fn main() -> ExitCode {
 }
 
 impl Job for Args {
+    // Half precision is twice as fast, and its codes are others than the CPU's: benches/RESULTS-quantize.md.
+    const ACTIVATIONS: Activations = Activations::Fp32;
+
     fn run<D: QuantizeBackend>(&self, device: D, _: &Machine) -> Result<(), Failure> {
         write_quantized(self, &device)
     }
@@ -268,6 +271,10 @@ fn write_quantized<D: QuantizeBackend>(args: &Args, device: &D) -> Result<(), Fa
         written.tensor_bytes as f64 / 1e6,
         out.display()
     );
+    if !report.moved.is_empty() {
+        let (times, rows) = (report.moved.len(), report.moved.iter().map(|event| event.moved).sum::<usize>());
+        println!("the GPU was out of memory {times} times: activations of {rows} rows went to the host");
+    }
     if args.times {
         print_times(&report);
     }

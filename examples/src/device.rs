@@ -11,9 +11,10 @@ pub struct DeviceArgs {
     /// Where the model runs; cuda needs an example built with `--features cuda`, and a GPU
     #[arg(long, value_enum, default_value_t = Place::Cpu, value_name = "DEVICE")]
     pub device: Place,
-    /// Type of activations and caches on a GPU; the CPU has float32
-    #[arg(long, value_enum, default_value_t = Activations::Fp16, value_name = "TYPE")]
-    pub activations: Activations,
+    /// Type of activations and caches on a GPU; the CPU has float32. With fp32 a GPU is as exact, and slower [default: fp16;
+    /// fp32 for quantising]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub activations: Option<Activations>,
 }
 
 /// `--kv` of the examples that have a cache.
@@ -58,10 +59,15 @@ pub enum Activations {
     Fp16,
     /// bfloat16.
     Bf16,
+    /// IEEE single.
+    Fp32,
 }
 
 /// What an example does, on any device.
 pub trait Job {
+    /// Activations on a GPU, unless the command line says which.
+    const ACTIVATIONS: Activations = Activations::Fp16;
+
     /// Does it.
     fn run<D: QuantizeBackend>(&self, device: D, machine: &Machine) -> Result<(), Failure>;
 }
@@ -91,10 +97,13 @@ impl DeviceArgs {
     }
 
     #[cfg(feature = "cuda")]
-    fn run_on_gpu(&self, job: &impl Job) -> Result<(), Failure> {
-        use gptq_kernels::cuda::{CudaDevice, Element};
+    fn run_on_gpu<J: Job>(&self, job: &J) -> Result<(), Failure> {
+        use gptq_kernels::cuda::{Activation, CudaDevice};
 
-        fn on<T: Element>(job: &impl Job) -> Result<(), Failure> {
+        fn on<T: Activation>(job: &impl Job) -> Result<(), Failure>
+        where
+            CudaDevice<T>: QuantizeBackend,
+        {
             let device = CudaDevice::<T>::new(0)?;
             let context = std::sync::Arc::clone(device.stream().context());
             let free = move || context.mem_get_info().ok().map(|(free, _)| free as u64);
@@ -102,9 +111,10 @@ impl DeviceArgs {
             let used = move || Some(before?.saturating_sub(free()?));
             job.run(device, &Machine { used: Box::new(used), gpu: true })
         }
-        match self.activations {
+        match self.activations.unwrap_or(J::ACTIVATIONS) {
             Activations::Fp16 => on::<half::f16>(job),
             Activations::Bf16 => on::<half::bf16>(job),
+            Activations::Fp32 => on::<f32>(job),
         }
     }
 

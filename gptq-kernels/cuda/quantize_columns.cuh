@@ -12,6 +12,7 @@ struct WeightArgs {
 
 struct Single {
     static DEVICE float to_float(u32 bits) { return __uint_as_float(bits); }
+    static DEVICE u32 from_float(float value) { return __float_as_uint(value); }
 };
 
 template <class Real, class Bits>

@@ -56,9 +56,46 @@ extern "C" __global__ void __launch_bounds__(256) finish_sum(const __grid_consta
     }
 }
 
+struct SquaresArgs {
+    const float* x;  // (rows, n), stride apart
+    double* sums;    // (n)
+    u64 stride;
+    u32 rows, n;
+};
+
+// Adds the columns' sums of squares, exact but for float64's roundings. A block has 32 columns and 8 rows a pass.
+extern "C" __global__ void __launch_bounds__(256) add_squares(const __grid_constant__ SquaresArgs args) {
+    __shared__ double sums[8][32];
+    const u32 lane = threadIdx.x % 32, first = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+    double sum = 0.0;
+    if (column < args.n) {
+#pragma unroll 4
+        for (u32 row = first; row < args.rows; row += 8) {
+            const double x = args.x[row * args.stride + column];
+            sum += x * x;
+        }
+    }
+    sums[first][lane] = sum;
+    __syncthreads();
+    if (first != 0 || column >= args.n) return;
+    for (u32 i = 1; i < 8; ++i) sum += sums[i][lane];
+    args.sums[column] += sum;
+}
+
+struct DiagonalArgs {
+    double* sum;             // (n, n)
+    const double* diagonal;  // (n)
+    u32 n;
+};
+
+extern "C" __global__ void __launch_bounds__(256) set_diagonal(const __grid_constant__ DiagonalArgs args) {
+    const u64 i = blockIdx.x * 256 + threadIdx.x;
+    if (i < args.n) args.sum[i * args.n + i] = args.diagonal[i];
+}
+
 struct DifferenceArgs {
-    const u16* x;          // (rows, n), x_stride apart
-    const u16* reference;  // (rows, n), reference_stride apart
+    const void* x;          // (rows, n), x_stride apart
+    const void* reference;  // (rows, n), reference_stride apart
     u16* high;             // (rows, n), stride apart
     u16* low;
     u64 x_stride, reference_stride, stride;
@@ -71,8 +108,8 @@ DEVICE void difference(const DifferenceArgs& args) {
     const u32 column = blockIdx.x * 256 + threadIdx.x;
     if (column >= args.n) return;
     for (u32 row = blockIdx.y; row < args.rows; row += gridDim.y) {
-        const float d = __fsub_rn(Half::to_float(args.reference[row * args.reference_stride + column]),
-                                  Half::to_float(args.x[row * args.x_stride + column]));
+        const float d = __fsub_rn(Half::to_float(((const u16*)args.reference)[row * args.reference_stride + column]),
+                                  Half::to_float(((const u16*)args.x)[row * args.x_stride + column]));
         const u16 high = Half::from_float(d);
         args.high[row * args.stride + column] = high;
         args.low[row * args.stride + column] = Half::from_float(__fsub_rn(d, Half::to_float(high)));
@@ -83,4 +120,21 @@ extern "C" __global__ void __launch_bounds__(256) difference_f16(const __grid_co
 }
 extern "C" __global__ void __launch_bounds__(256) difference_bf16(const __grid_constant__ DifferenceArgs args) {
     difference<Bf16>(args);
+}
+
+struct DifferenceF32Args {
+    const float* x;          // (rows, n), x_stride apart
+    const float* reference;  // (rows, n), reference_stride apart
+    float* out;              // (rows, n), stride apart
+    u64 x_stride, reference_stride, stride;
+    u32 rows, n;
+};
+
+extern "C" __global__ void __launch_bounds__(256) difference_f32(const __grid_constant__ DifferenceF32Args args) {
+    const u32 column = blockIdx.x * 256 + threadIdx.x;
+    if (column >= args.n) return;
+    for (u32 row = blockIdx.y; row < args.rows; row += gridDim.y) {
+        args.out[row * args.stride + column] =
+            __fsub_rn(args.reference[row * args.reference_stride + column], args.x[row * args.x_stride + column]);
+    }
 }

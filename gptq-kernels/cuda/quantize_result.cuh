@@ -6,12 +6,12 @@ struct DequantizeArgs {
     const float* scales;  // (rows, group_count)
     const u8* zeros;      // (rows, group_count)
     const u32* g_idx;     // (n)
-    u16* out;             // (rows, n), stride apart
+    void* out;            // (rows, n), stride apart
     u64 stride;
     u32 rows, n, group_count;
 };
 
-template <class Half>
+template <class Real, class Bits>
 DEVICE void dequantize(const DequantizeArgs& args) {
     const u32 column = blockIdx.x * 256 + threadIdx.x;
     if (column >= args.n) return;
@@ -19,14 +19,17 @@ DEVICE void dequantize(const DequantizeArgs& args) {
     for (u32 row = blockIdx.y; row < args.rows; row += gridDim.y) {
         const u64 grid = (u64)row * args.group_count + group;
         const float level = (float)args.codes[(u64)row * args.n + column] - (float)args.zeros[grid];
-        args.out[row * args.stride + column] = Half::from_float(__fmul_rn(args.scales[grid], level));
+        ((Bits*)args.out)[row * args.stride + column] = Real::from_float(__fmul_rn(args.scales[grid], level));
     }
 }
 extern "C" __global__ void __launch_bounds__(256) dequantize_f16(const __grid_constant__ DequantizeArgs args) {
-    dequantize<Fp16>(args);
+    dequantize<Fp16, u16>(args);
 }
 extern "C" __global__ void __launch_bounds__(256) dequantize_bf16(const __grid_constant__ DequantizeArgs args) {
-    dequantize<Bf16>(args);
+    dequantize<Bf16, u16>(args);
+}
+extern "C" __global__ void __launch_bounds__(256) dequantize_f32(const __grid_constant__ DequantizeArgs args) {
+    dequantize<Single, u32>(args);
 }
 
 struct PackArgs {

@@ -119,6 +119,12 @@ fn families() -> Vec<Family> {
             arch: "compute_80",
             images: vec![("quantize".into(), Vec::new())],
         },
+        Family {
+            name: "single",
+            source: "single.cu",
+            arch: "compute_80",
+            images: vec![("single".into(), Vec::new())],
+        },
         Family { name: "gemv", source: "gemv_sm90.cu", arch: "compute_90", images: gemv },
         Family { name: "gemv-block", source: "gemv_sm90.cu", arch: "compute_90", images: gemv_block },
         Family { name: "exllama", source: "exllama.cu", arch: "compute_80", images: exllama },

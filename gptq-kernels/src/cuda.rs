@@ -13,6 +13,9 @@
 //! | `cuda-cublas` | 8.0, and the library cuBLAS | float weights of the activations' type |
 //! | `cuda-dense` | 8.0 | float weights of every type; fast up to 8 rows of the activations' type |
 //!
+//! A device with activations in float32, `CudaDevice<f32>`, has one kernel, `cuda-split-f32`, for float weights and for the
+//! weights that packed layers stand for. It computes as exactly as the CPU, for quantising and for measurements.
+//!
 //! # Streams and graphs
 //!
 //! Work is queued on the stream that the output belongs to; a caller that uses several streams orders them itself. The memory
@@ -57,15 +60,17 @@ mod plain;
 #[cfg(feature = "quantize")]
 mod quantize;
 mod repack;
+mod single;
 mod spread;
 mod stopwatch;
 mod units;
 mod wgmma;
 
-pub use device::{CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
+pub use device::{Activation, CudaBuffer, CudaDevice, CudaMut, CudaRef, Element};
 pub use ops::{CudaEmbedding, CudaKvStore, CudaOrder, CudaRecordings, CudaRope, CudaStep};
 #[cfg(feature = "quantize")]
-pub use quantize::{CudaMoments, CudaPrepared, CudaQuantized, CudaQuantizer, CudaSums};
+pub use quantize::{CudaHostBytes, CudaMoments, CudaPrepared, CudaQuantized, CudaQuantizer, CudaSums};
+pub use single::{SingleEmbedding, SingleKvStore, SingleOrder, SingleStep};
 
 use crate::{LinearKernel, Unsupported};
 use dense::Dense;

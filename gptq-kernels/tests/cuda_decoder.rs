@@ -11,7 +11,7 @@ mod gpu;
 use gptq_kernels::{
     AttentionShape, Backend, DenseData, DenseWeight, Device, KernelError, KvFormat, KvShape, MatMut, MatRef,
     SequencePlan, StepPlan, Workspace,
-    cuda::{CudaDevice, Element},
+    cuda::{Activation as _, CudaDevice, Element},
 };
 use gpu::gpu;
 use half::{bf16, f16};

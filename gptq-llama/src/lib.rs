@@ -81,8 +81,8 @@ pub use projections::Precision;
 pub use quantize::{
     Allocation, BudgetError, Choice, Divergence, Existing, FormatCost, FormatLoss, LayerFormat,
     LayerSensitivity, LayerSink, LayerSummary, OutputError, QuantizeJob, QuantizeMethod, QuantizeOptions,
-    QuantizeOutcome, QuantizeReport, Recipe, RuleError, RunTimes, Sensitivities, SensitivityJob, Trial,
-    TrialError, TrialResult, TrialScore, allocate, quantize, round_to_nearest,
+    QuantizeOutcome, QuantizeReport, Recipe, RowsMoved, RuleError, RunTimes, Sensitivities, SensitivityJob,
+    Trial, TrialError, TrialResult, TrialScore, allocate, quantize, round_to_nearest,
 };
 pub use random::Rng;
 pub use rows::TokenRows;

@@ -6,17 +6,18 @@
 
 #[path = "../../gptq-kernels/tests/gpu/mod.rs"]
 mod gpu;
+mod root;
 #[path = "cuda/steps.rs"]
 mod steps;
 
-use std::{collections::VecDeque, path::PathBuf};
+use std::collections::VecDeque;
 
 use gptq_core::GptqConfig;
 use gptq_format::{Bits, Checkpoint, CodesRef, PackedLinear, TensorFile};
 use gptq_kernels::{
     Backend, Device, KvFormat,
     cpu::Cpu,
-    cuda::{CudaDevice, Element},
+    cuda::{Activation as _, CudaDevice, Element},
 };
 use gptq_llama::{
     Feed, GenerateOptions, Generator, KvCache, Layer, Llama, LlamaConfig, LlamaError, LoadOptions,
@@ -26,12 +27,7 @@ use gptq_llama::{
 use gpu::gpu;
 use half::{bf16, f16};
 use ndarray::Array2;
-
-/// The project's folder, or `GPTQ_ROOT` on a machine that has only what `.ci/gpu-bundle` brings.
-fn root() -> PathBuf {
-    std::env::var_os("GPTQ_ROOT")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".."), PathBuf::from)
-}
+use root::root;
 
 fn logits<D: Backend>(model: &Llama<D>, tokens: &[u32]) -> Array2<f32> {
     let mut cache = model.cache(tokens.len()).unwrap();

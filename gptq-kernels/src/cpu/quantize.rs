@@ -161,6 +161,7 @@ impl Quantizer<Cpu> for CpuQuantizer {
 
 impl QuantizeBackend for Cpu {
     type Quantizer = CpuQuantizer;
+    type HostBytes = Vec<u8>;
 
     const ELEMENT: DenseType = DenseType::F32;
 
@@ -174,6 +175,10 @@ impl QuantizeBackend for Cpu {
 
     fn memory(&self) -> Result<Option<DeviceMemory>, KernelError> {
         Ok(None)
+    }
+
+    fn host_bytes(&self, len: usize) -> Vec<u8> {
+        vec![0; len]
     }
 
     fn save(&self, src: &[f32], dst: &mut [u8]) -> Result<(), KernelError> {

@@ -87,7 +87,7 @@ impl Blas {
         Ok(blas)
     }
 
-    /// `y (rows, n) = x (rows, k) w (n, k)^T`, row-major, summed in float32, queued on `stream`.
+    /// `y (rows, n) = alpha x (rows, k) w (n, k)^T + beta y`, row-major, summed in float32, queued on `stream`.
     ///
     /// # Safety
     ///
@@ -99,6 +99,7 @@ impl Blas {
         scratch: Scratch,
         (rows, n, k): (c_int, c_int, c_int),
         (x, w, y): (Operand, Operand, Operand),
+        (alpha, beta): (f32, f32),
     ) -> Result<(), KernelError> {
         let stride = |what, operand: Operand| {
             c_int::try_from(operand.stride).map_err(|_| KernelError::Argument {
@@ -109,7 +110,6 @@ impl Blas {
         };
         let (ldx, ldw, ldy) =
             (stride("row stride of x", x)?, stride("row stride of w", w)?, stride("row stride of y", y)?);
-        let (alpha, beta) = (1.0f32, 0.0f32);
         // cuBLAS counts columns first: to it the operands are their transposes, and y^T = w x^T.
         // SAFETY: alpha and beta are read during the call; the caller vouches for the rest.
         unsafe {

@@ -29,7 +29,7 @@ use cudarc::cublas::sys::cudaDataType;
 use half::{bf16, f16};
 
 use super::{
-    CudaDevice, Element,
+    Activation as _, CudaDevice, Element,
     blas::{self, Blas, Operand, Scratch},
     copies::{Pitched, copy_rows},
     driver::{Function, Launch, Resident},
@@ -327,7 +327,7 @@ impl<T: Element> DenseLinear<T> {
         // SAFETY: `check_operands` has compared x and y with the layer, whose own memory the weight is; the sums, n float32
         // a row, and the bytes before them are in the workspace, which is aligned as the driver aligns allocations, to 256
         // bytes, and which the caller lends for the stream's work. The stream is that of y.
-        unsafe { blas.multiply(y.stream(), scratch, shape, (from, weight, to)) }?;
+        unsafe { blas.multiply(y.stream(), scratch, shape, (from, weight, to), (1.0, 0.0)) }?;
         if self.spec.bias {
             let mut args = BiasArgs {
                 sums,

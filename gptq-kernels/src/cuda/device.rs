@@ -10,17 +10,22 @@ use super::{
     driver::{gpu_error, message, zeros},
     module::Images,
     ops::Operations,
+    single,
 };
 use crate::{DenseType, Device, KernelError, Unsupported};
 
 mod sealed {
     pub trait Sealed {}
+    impl Sealed for f32 {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}
 }
 
-/// The type of activations: [`struct@f16`] or [`bf16`].
-pub trait Element:
+/// The type of activations: [`struct@f16`], [`bf16`] or `f32`.
+///
+/// Half precision is what the kernels for inference take ([`Element`]). With `f32` a device computes as exactly as the CPU:
+/// for quantising, and for measuring what quantising has done.
+pub trait Activation:
     DeviceRepr + ValidAsZeroBits + Copy + Send + Sync + Unpin + sealed::Sealed + 'static
 {
     /// The name that kernels are called by.
@@ -41,7 +46,26 @@ pub trait Element:
     fn to_f32(self) -> f32;
 }
 
-impl Element for f16 {
+/// Activations in half precision: [`struct@f16`] or [`bf16`].
+pub trait Element: Activation {}
+
+impl Element for f16 {}
+impl Element for bf16 {}
+
+impl Activation for f32 {
+    const NAME: &'static str = "f32";
+    const TYPE: DenseType = DenseType::F32;
+    const UNIT: f64 = 1.0 / (1u64 << 24) as f64;
+    const SUBNORMAL: f64 = f32::MIN_POSITIVE as f64;
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl Activation for f16 {
     const NAME: &'static str = "f16";
     const TYPE: DenseType = DenseType::F16;
     const UNIT: f64 = 1.0 / 2048.0;
@@ -54,7 +78,7 @@ impl Element for f16 {
     }
 }
 
-impl Element for bf16 {
+impl Activation for bf16 {
     const NAME: &'static str = "bf16";
     const TYPE: DenseType = DenseType::Bf16;
     const UNIT: f64 = 1.0 / 256.0;
@@ -69,10 +93,11 @@ impl Element for bf16 {
 
 /// A GPU with a stream, for activations of type `T`. Clones share the loaded kernels.
 #[derive(Clone)]
-pub struct CudaDevice<T: Element> {
+pub struct CudaDevice<T: Activation> {
     stream: Arc<CudaStream>,
     images: Arc<Images>,
     operations: Arc<Operations>,
+    single: Arc<single::Operations>,
     capability: (u32, u32),
     multiprocessors: u32,
     shared_memory: usize,
@@ -83,7 +108,7 @@ fn failed(call: &'static str) -> impl Fn(DriverError) -> Unsupported {
     move |error| Unsupported::Driver { call, message: message(error) }
 }
 
-impl<T: Element> CudaDevice<T> {
+impl<T: Activation> CudaDevice<T> {
     /// Device `ordinal` with a stream of its own.
     ///
     /// Errors: [`Unsupported::NoDriver`], [`Unsupported::NoDevice`], [`Unsupported::Driver`].
@@ -129,6 +154,7 @@ impl<T: Element> CudaDevice<T> {
         Ok(Self {
             images: Arc::new(Images::new(context)),
             operations: Arc::default(),
+            single: Arc::default(),
             stream,
             capability,
             multiprocessors,
@@ -177,6 +203,11 @@ impl<T: Element> CudaDevice<T> {
 
     pub(super) fn operations(&self) -> &Operations {
         &self.operations
+    }
+
+    /// Those of float32.
+    pub(super) fn single(&self) -> &single::Operations {
+        &self.single
     }
 
     pub(super) fn multiprocessors(&self) -> u32 {
@@ -287,7 +318,7 @@ impl<'a, T> From<CudaViewMut<'a, T>> for CudaMut<'a, T> {
     }
 }
 
-impl<T: Element> Device for CudaDevice<T> {
+impl<T: Activation> Device for CudaDevice<T> {
     type Buffer = CudaBuffer<T>;
     type Slice<'a> = CudaRef<'a, T>;
     type SliceMut<'a> = CudaMut<'a, T>;

@@ -93,11 +93,15 @@ images! {
         "wgmma-bf16-g128-sym" "wgmma-bf16-g128-asym" "wgmma-bf16-g64-sym" "wgmma-bf16-g64-asym"
         "wgmma-bf16-g32-sym" "wgmma-bf16-g32-asym";
     "quantize" &[
-        "add_span", "finish_sum", "difference_f16", "difference_bf16", "gather_matrix", "factor_leaf",
+        "add_span", "finish_sum", "add_squares", "set_diagonal", "difference_f16", "difference_bf16", "difference_f32", "gather_matrix", "factor_leaf",
         "reverse_matrix", "scale_triangle", "fit_grid", "search_grid", "gather_weight_f32", "gather_weight_f16",
         "gather_weight_bf16", "zero_columns", "columns_gptq", "columns_gptaq", "update_gptq", "update_gptaq", "dequantize_f16", "dequantize_bf16",
-        "pack_codes", "pack_grids",
+        "dequantize_f32", "pack_codes", "pack_grids",
     ] => "quantize";
+    "single" &[
+        "embed", "rms_norm", "add", "add_bias", "silu_mul", "gather", "rope_append", "split_f32", "split_f16", "split_bf16",
+        "attention_64", "attention_128", "attention_256",
+    ] => "single";
     "gemv" &["gemv_1x16_2", "gemv_2x8_2"] =>
         "gemv-f16-g128-sym" "gemv-f16-g128-asym" "gemv-f16-g64-sym" "gemv-f16-g64-asym"
         "gemv-f16-g32-sym" "gemv-f16-g32-asym"

@@ -3,19 +3,22 @@
 //! | file | holds |
 //! |---|---|
 //! | `gpu` | the kernels of `cuda/quantize.cu`, and cuBLAS with row-major matrices |
-//! | `hessian` | sums of activations |
+//! | `hessian`, `halves` | sums of activations |
 //! | `factor` | damping and factorisation |
-//! | `solve` | the column loop |
+//! | `columns`, `solve` | the column loop |
 //! | `result` | codes, packed words, weights again |
-//! | `backend` | what a whole model needs besides |
+//! | `backend`, `host` | what a whole model needs besides |
 //!
 //! Everything is queued on the device's stream; [`Quantizer::prepare`], [`Quantizer::quantize`] and
 //! [`Quantizer::pack`] wait for their results.
 
 mod backend;
+mod columns;
 mod factor;
 mod gpu;
+mod halves;
 mod hessian;
+mod host;
 mod memory;
 mod result;
 mod solve;
@@ -32,7 +35,7 @@ use gptq_core::{
 use gptq_format::PackedLinear;
 use ndarray::{Array2, ArrayView2, ShapeBuilder};
 
-use super::{CudaDevice, Element};
+use super::{Activation, CudaDevice};
 use crate::{
     DenseWeight, Device, MatMut, MatRef,
     cpu::with_f32,
@@ -44,13 +47,14 @@ use memory::Memory;
 use solve::{Natural, Source};
 
 pub use hessian::{CudaMoments, CudaSums};
+pub use host::CudaHostBytes;
 pub use result::CudaQuantized;
 
-/// GPTQ on a GPU of compute capability 8.0 or later, with cuBLAS.
+/// GPTQ on a GPU of compute capability 8.0 or later, with cuBLAS, for activations of any type.
 ///
 /// Codes are those of gptq-core within its gates: the column loop has the same operations in the same order, the factor is
 /// computed in float64 too and differs by its last bits, and Hessians differ by the order of their sums.
-pub struct CudaQuantizer<T: Element> {
+pub struct CudaQuantizer<T: Activation> {
     config: GptqConfig,
     gpu: Arc<Gpu<T>>,
 }
@@ -78,7 +82,7 @@ struct Shared {
     groups: Memory<u32>,
 }
 
-impl<T: Element> CudaQuantizer<T> {
+impl<T: Activation> CudaQuantizer<T> {
     /// A quantiser on the device's stream. Takes about 0.3 s, for cuBLAS.
     ///
     /// # Errors
@@ -259,7 +263,7 @@ impl<T: Element> CudaQuantizer<T> {
     }
 }
 
-impl<T: Element> Quantizer<CudaDevice<T>> for CudaQuantizer<T> {
+impl<T: Activation> Quantizer<CudaDevice<T>> for CudaQuantizer<T> {
     type Sums = CudaSums<T>;
     type Moments = CudaMoments;
     type Prepared = CudaPrepared;

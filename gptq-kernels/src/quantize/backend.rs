@@ -8,6 +8,9 @@ pub trait QuantizeBackend: Backend {
     /// Its quantiser.
     type Quantizer: Quantizer<Self>;
 
+    /// Bytes in the host's memory.
+    type HostBytes: AsRef<[u8]> + AsMut<[u8]> + Send;
+
     /// Type of the device's activations.
     const ELEMENT: DenseType;
 
@@ -25,6 +28,9 @@ pub trait QuantizeBackend: Backend {
     /// # Errors
     /// What the device says.
     fn memory(&self) -> Result<Option<DeviceMemory>, KernelError>;
+
+    /// Bytes in the host's memory from and to which the device copies fastest.
+    fn host_bytes(&self, len: usize) -> Self::HostBytes;
 
     /// Copies activations to the host, bit by bit; returns when they are there.
     ///

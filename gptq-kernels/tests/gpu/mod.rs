@@ -1,10 +1,10 @@
 use gptq_kernels::{
     Unsupported,
-    cuda::{CudaDevice, Element},
+    cuda::{Activation, CudaDevice},
 };
 
 /// The first GPU, or `None` with a printed reason.
-pub(crate) fn gpu<T: Element>() -> Option<CudaDevice<T>> {
+pub(crate) fn gpu<T: Activation>() -> Option<CudaDevice<T>> {
     match CudaDevice::new(0) {
         Ok(device) => Some(device),
         Err(reason @ (Unsupported::NoDriver | Unsupported::NoDevice { .. })) => {

@@ -92,8 +92,8 @@ impl Share {
 /// One activation of every calibration row.
 pub(super) struct Activations<D: QuantizeBackend> {
     rows: Vec<Slot<D>>,
-    /// Bytes of rows that are neither on the device nor in the file.
-    host: Vec<Vec<u8>>,
+    /// Rows that are neither on the device nor in the file: room for the longest activation, and how many bytes are in use.
+    host: Vec<Option<(D::HostBytes, usize)>>,
     /// Where a row lies in the file.
     offsets: Vec<u64>,
     /// The rows before this many lie on the device.
@@ -102,6 +102,15 @@ pub(super) struct Activations<D: QuantizeBackend> {
     far: usize,
     spill: Option<SpillFile>,
     folder: Option<PathBuf>,
+    /// Rows that had to leave the device, each time.
+    evicted: Vec<Evicted>,
+}
+
+/// Rows that left a device for the host because it had no memory left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Evicted {
+    pub(super) moved: usize,
+    pub(super) kept: usize,
 }
 
 enum Slot<D: QuantizeBackend> {
@@ -133,12 +142,13 @@ impl<D: QuantizeBackend> Activations<D> {
         };
         let mut activations = Self {
             rows: (0..count).map(|_| Slot::Empty).collect(),
-            host: (0..count).map(|_| Vec::new()).collect(),
+            host: (0..count).map(|_| None).collect(),
             offsets,
             near,
             far,
             spill: None,
             folder: folder.map(Path::to_owned),
+            evicted: Vec::new(),
         };
         if far < count {
             // Now, so that a folder that cannot be written to is told before the work.
@@ -172,9 +182,10 @@ impl<D: QuantizeBackend> Activations<D> {
             Slot::Saved(len) => {
                 let mut buffer = self.alloc(device, len)?;
                 let offset = self.offsets[row];
-                let bytes = match row < self.far {
-                    true => self.host[row].as_slice(),
-                    false => self.spill_file()?.read(offset, len * element_bytes::<D>())?,
+                let bytes = len * element_bytes::<D>();
+                let bytes = match &self.host[row] {
+                    Some((host, used)) if row < self.far => &host.as_ref()[..*used],
+                    _ => self.spill_file()?.read(offset, bytes)?,
                 };
                 device.restore(bytes, D::slice_mut(&mut buffer, 0..len))?;
                 Ok(buffer)
@@ -205,8 +216,14 @@ impl<D: QuantizeBackend> Activations<D> {
         if rows > keep {
             let moved = rows - keep;
             tracing::warn!(moved, kept = keep, "out of GPU memory: activations of rows go to the host");
+            self.evicted.push(Evicted { moved, kept: keep });
         }
         Ok(rows - keep)
+    }
+
+    /// What [`evict`](Self::evict) has done since this was asked last.
+    pub(super) fn take_evicted(&mut self) -> Vec<Evicted> {
+        std::mem::take(&mut self.evicted)
     }
 
     /// Sets a row.
@@ -222,9 +239,10 @@ impl<D: QuantizeBackend> Activations<D> {
         let len = D::buffer_len(buffer);
         let (bytes, offset) = (len * element_bytes::<D>(), self.offsets[row]);
         if row < self.far {
-            let host = &mut self.host[row];
-            host.resize(bytes, 0);
-            device.save(D::slice(buffer, 0..len), host)?;
+            let room = (self.offsets[row + 1] - offset) as usize;
+            let (host, used) = self.host[row].get_or_insert_with(|| (device.host_bytes(room), 0));
+            device.save(D::slice(buffer, 0..len), &mut host.as_mut()[..bytes])?;
+            *used = bytes;
         } else {
             let spill = self.spill_file()?;
             device.save(D::slice(buffer, 0..len), spill.buffer(bytes))?;
@@ -243,7 +261,8 @@ impl<D: QuantizeBackend> Activations<D> {
     ) -> Result<(), LlamaError> {
         let len = D::buffer_len(&buffer);
         let is_in_file = self.spill.is_some() && row >= self.far;
-        if row >= self.near && (is_in_file || self.host[row].len() == len * element_bytes::<D>()) {
+        let bytes = self.host[row].as_ref().map(|&(_, used)| used);
+        if row >= self.near && (is_in_file || bytes == Some(len * element_bytes::<D>())) {
             self.rows[row] = Slot::Saved(len);
             return Ok(());
         }

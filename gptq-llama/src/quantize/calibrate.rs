@@ -5,7 +5,7 @@ use gptq_kernels::{
 };
 
 use super::{
-    activations::{Activations, Budget, Shares},
+    activations::{Activations, Budget, Evicted, Shares},
     layer::{Decoder, Stage},
 };
 use crate::{
@@ -55,8 +55,24 @@ impl<D: QuantizeBackend> Stream<D> {
 
     /// A buffer on the device for a row of `kept`, which other rows leave for it if they must.
     fn alloc(&mut self, device: &D, len: usize) -> Result<D::Buffer, LlamaError> {
+        self.with_room(device, || device.alloc(len))
+    }
+
+    /// How often rows had to leave the device since this was asked last.
+    pub(super) fn take_evicted(&mut self) -> Vec<Evicted> {
+        let mut evicted = self.kept.take_evicted();
+        evicted.append(&mut self.hidden.take_evicted());
+        evicted
+    }
+
+    /// Does `work`, again with fewer rows on the device as long as its memory is too small for it.
+    fn with_room<R>(
+        &mut self,
+        device: &D,
+        mut work: impl FnMut() -> Result<R, KernelError>,
+    ) -> Result<R, LlamaError> {
         loop {
-            match device.alloc(len) {
+            match work() {
                 Err(KernelError::OutOfGpuMemory { .. }) if self.make_room(device)? => {}
                 result => return Ok(result?),
             }
@@ -316,13 +332,14 @@ impl<'a, D: QuantizeBackend> Calibration<'a, D> {
     fn attend(&mut self, decoder: &Decoder<D>, stream: &mut Stream<D>, row: usize) -> Result<(), LlamaError> {
         self.norm(&decoder.input_norm, stream, row)?;
         let tokens = self.set_step(row)?;
-        self.run(Stage::Qkv, decoder, tokens)?;
+        self.run(Stage::Qkv, decoder, stream, tokens)?;
         let (shape, device) = (decoder.attention, self.device);
         let features = shape.qkv_features();
         let qkv = mat_mut(&mut self.qkv, tokens, features)?;
         device.rope_append(0, shape, &self.step, &self.rope, qkv, &mut self.store)?;
         let mut out = stream.alloc(device, tokens * shape.out_features())?;
-        self.workspace.reserve(device, device.attention_workspace_len(&self.step, shape))?;
+        let scratch = device.attention_workspace_len(&self.step, shape);
+        stream.with_room(device, || self.workspace.reserve(device, scratch))?;
         let qkv = mat(&self.qkv, tokens, features)?;
         let y = mat_mut(&mut out, tokens, shape.out_features())?;
         device.attention(0, shape, &self.step, &self.store, qkv, y, &mut self.workspace)?;
@@ -338,7 +355,7 @@ impl<'a, D: QuantizeBackend> Calibration<'a, D> {
     ) -> Result<(), LlamaError> {
         self.norm(&decoder.post_norm, stream, row)?;
         let (tokens, inner) = (self.rows.rows()[row].len(), self.config.intermediate_size);
-        self.run(Stage::GateUp, decoder, tokens)?;
+        self.run(Stage::GateUp, decoder, stream, tokens)?;
         let x = mat(&self.gate_up, tokens, 2 * inner)?;
         let mut out = stream.alloc(self.device, tokens * inner)?;
         self.device.silu_mul(x, mat_mut(&mut out, tokens, inner)?)?;
@@ -346,10 +363,17 @@ impl<'a, D: QuantizeBackend> Calibration<'a, D> {
     }
 
     /// Runs the projections that read `self.norm`.
-    fn run(&mut self, stage: Stage, decoder: &Decoder<D>, tokens: usize) -> Result<(), LlamaError> {
+    fn run(
+        &mut self,
+        stage: Stage,
+        decoder: &Decoder<D>,
+        stream: &mut Stream<D>,
+        tokens: usize,
+    ) -> Result<(), LlamaError> {
         let projections = decoder.stage(stage);
         let y = if stage == Stage::Qkv { &mut self.qkv } else { &mut self.gate_up };
-        self.workspace.reserve(self.device, projections.workspace_len(tokens))?;
+        let scratch = projections.workspace_len(tokens);
+        stream.with_room(self.device, || self.workspace.reserve(self.device, scratch))?;
         let x = mat(&self.norm, tokens, self.config.hidden_size)?;
         Ok(projections.forward(x, y, &mut self.workspace)?)
     }
@@ -365,7 +389,8 @@ impl<'a, D: QuantizeBackend> Calibration<'a, D> {
     ) -> Result<(), LlamaError> {
         let (tokens, hidden) = (self.rows.rows()[row].len(), self.config.hidden_size);
         let projections = decoder.stage(stage);
-        self.workspace.reserve(self.device, projections.workspace_len(tokens))?;
+        let scratch = projections.workspace_len(tokens);
+        stream.with_room(self.device, || self.workspace.reserve(self.device, scratch))?;
         let x = mat(x, tokens, stage.modules()[0].shape(self.config).0)?;
         projections.forward(x, &mut self.delta, &mut self.workspace)?;
         let delta = mat(&self.delta, tokens, hidden)?;

@@ -31,7 +31,24 @@ pub struct QuantizeReport {
     /// Rows of the residual stream, then of the other activation: how many were on the device at the end, and how many in
     /// the host's memory because the device had no room. The others were in a file.
     pub(super) places: Option<[(usize, usize); 2]>,
+    /// How often a device's memory was too small for what had been planned, and what was done.
+    pub moved: Vec<RowsMoved>,
     pub(super) identity: Option<Identity>,
+}
+
+/// A device was out of memory, and activations of calibration rows went to the host.
+///
+/// It happens where a budget promises more than there is, or another process takes memory meanwhile. The run goes on with fewer
+/// rows on the device; the result is the same to the bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RowsMoved {
+    /// The decoder layer that was being worked on; one behind the last for the output layer.
+    pub layer: usize,
+    /// Rows that went to the host, of the residual stream or of the other activation.
+    pub moved: usize,
+    /// Rows of it that stayed on the device.
+    pub kept: usize,
 }
 
 /// Where the wall-clock time of a run went. What the thread that writes finished layers does meanwhile is not in it.
@@ -134,6 +151,7 @@ impl QuantizeReport {
             device: None,
             device_memory: None,
             places: None,
+            moved: Vec::new(),
             identity: None,
         }
     }
@@ -182,6 +200,9 @@ impl QuantizeReport {
             let rows = json!({ "residual": places(hidden), "other": places(kept) });
             object.insert("rows_of_activations".into(), rows);
         }
+        let moved =
+            |event: &RowsMoved| json!({ "layer": event.layer, "moved": event.moved, "kept": event.kept });
+        object.insert("out_of_device_memory".into(), self.moved.iter().map(moved).collect());
         let seconds = |(name, time): (&'static str, Duration)| (name.to_owned(), json!(time.as_secs_f64()));
         object.insert("seconds".into(), Value::Object(self.times.parts().map(seconds).into_iter().collect()));
         object.insert("loss".into(), json!(total(|summary| summary.report.loss)));

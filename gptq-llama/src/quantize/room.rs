@@ -5,7 +5,7 @@ use gptq_kernels::{
     quantize::{QuantizeBackend, Quantizer},
 };
 
-use super::{QuantizeOptions, activations::element_bytes, calibrate::Stream, solve::Quantizers};
+use super::{QuantizeOptions, activations::element_bytes, calibrate::Stream, quantizers::Quantizers};
 use crate::{Layer, LlamaConfig, LlamaError, Module, TokenRows};
 
 /// What is left free besides all that is counted: scratch of libraries, kernels, and what the pool cannot use because it is

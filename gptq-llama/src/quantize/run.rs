@@ -6,14 +6,16 @@ use gptq_kernels::{DenseType, Selector, quantize::QuantizeBackend};
 use ndarray::Array2;
 
 use super::{
-    LayerSummary, QuantizeOptions, QuantizeReport, RunTimes,
+    QuantizeOptions, QuantizeReport, RunTimes,
     activations::{Budget, element_bytes},
     calibrate::{Calibration, Stream},
     layer::{Decoder, Stage},
     original::Original,
     plan::Plan,
-    room,
-    solve::{Moments, Quantizers},
+    quantizers::Quantizers,
+    room::{self, with_room},
+    solve::Moments,
+    state::{PARTS, Run, SHARE_OF_CALIBRATION},
     store::Store,
 };
 use crate::{
@@ -23,12 +25,6 @@ use crate::{
     progress::Reporter,
     projections::{Preparation, Projections},
 };
-
-/// Share of a stage's time that is forward pass and Hessian, for the estimate of the time left.
-pub(super) const SHARE_OF_CALIBRATION: f64 = 0.8;
-
-/// Parts of equal weight in the estimate of a layer's time: the stages, and the way to the next layer.
-pub(super) const PARTS: usize = Stage::ALL.len() + 1;
 
 pub(super) fn quantize<D: QuantizeBackend>(
     config: &LlamaConfig,
@@ -73,6 +69,7 @@ pub(super) fn quantize<D: QuantizeBackend>(
         reporter,
         store,
         layers: Vec::new(),
+        moved: Vec::new(),
         times: RunTimes::default(),
     };
     let streams = 1 + usize::from(plan.needs_reference()) + usize::from(!options.true_sequential);
@@ -90,34 +87,24 @@ pub(super) fn quantize<D: QuantizeBackend>(
         let span = tracing::info_span!("layer", layer);
         let _guard = span.enter();
         run.layer(layer, &mut calibration, &mut stream, reference.as_mut())?;
+        for stream in std::iter::once(&mut stream).chain(&mut reference) {
+            run.note_moved(layer, stream);
+        }
     }
     if last.module == Module::LmHead {
         run.lm_head(&mut calibration, &mut stream, reference.as_mut())?;
+        for stream in std::iter::once(&mut stream).chain(&mut reference) {
+            run.note_moved(config.layers, stream);
+        }
     }
     report.layers.append(&mut run.layers);
     report.finish(&run.reporter);
     report.times = run.times;
+    report.moved = run.moved;
     report.places = Some(stream.places());
     report.device_memory = room::taken(device)?;
     report.device = report.device_memory.map(|_| device.arithmetic());
     Ok(report)
-}
-
-/// What stays the same from layer to layer.
-pub(super) struct Run<'r, 'w, 'a, D: QuantizeBackend> {
-    pub(super) device: &'r D,
-    pub(super) config: &'r LlamaConfig,
-    pub(super) source: &'r dyn WeightSource,
-    pub(super) preparation: &'r Preparation<'r, D>,
-    pub(super) quantizers: &'r Quantizers<D>,
-    options: &'r QuantizeOptions,
-    pub(super) plan: &'r Plan,
-    /// The last decoder layer in which something is left to do; behind all for the output layer.
-    last: usize,
-    pub(super) reporter: Reporter<'w, 'a>,
-    pub(super) store: &'r mut dyn Store,
-    pub(super) layers: Vec<LayerSummary>,
-    pub(super) times: RunTimes,
 }
 
 /// The layer as the checkpoint has it, and the stream of the unquantised model.
@@ -140,8 +127,13 @@ impl<'r, D: QuantizeBackend> Run<'r, '_, '_, D> {
             let mut original = norms()?;
             for stage in Stage::ALL {
                 let originals = self.read(&stage.layers(layer))?;
-                let linears = originals.iter().map(|original| self.unchanged(original));
-                original.set(stage, Projections::of(linears.collect::<Result<_, _>>()?));
+                let mut linears = Vec::with_capacity(originals.len());
+                for original in &originals {
+                    let others = reference.as_deref_mut();
+                    let mut streams: Vec<_> = [Some(&mut *stream), others].into_iter().flatten().collect();
+                    linears.push(with_room(device, &mut streams, || self.unchanged(original))?);
+                }
+                original.set(stage, Projections::of(linears));
             }
             Some(original)
         } else {

@@ -11,19 +11,19 @@ pub(super) const PAGE_LEN: usize = 64;
 /// Tokens, positions and page tables of one step on the CPU.
 #[derive(Debug, Default)]
 pub struct CpuStep {
-    pub(super) tokens: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
     /// Position of each row in its sequence.
-    pub(super) positions: Vec<u32>,
-    pub(super) outputs: Vec<u32>,
+    pub(crate) positions: Vec<u32>,
+    pub(crate) outputs: Vec<u32>,
     /// Consecutive rows of one sequence, at most [`TILE_ROWS`], in order of rows.
     pub(super) tiles: Vec<Tile>,
     /// Pages of all sequences.
-    pub(super) pages: Vec<u32>,
+    pub(crate) pages: Vec<u32>,
     /// What is written where, sorted by page.
     pub(super) writes: Vec<PageWrite>,
-    pub(super) draws: Vec<Draw>,
+    pub(crate) draws: Vec<Draw>,
     /// What was drawn last.
-    pub(super) drawn: Mutex<Vec<Option<u32>>>,
+    pub(crate) drawn: Mutex<Vec<Option<u32>>>,
     /// What was sent, and under which numbers: the last two.
     sent: [(u64, Vec<Option<u32>>); 2],
     /// Steps that have drawn and sent.
@@ -50,11 +50,11 @@ pub(super) struct PageWrite {
 }
 
 impl CpuStep {
-    pub(super) fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.tokens.len()
     }
 
-    pub(super) fn fill(&mut self, plan: &StepPlan<'_>) -> Result<(), KernelError> {
+    pub(crate) fn fill(&mut self, plan: &StepPlan<'_>) -> Result<(), KernelError> {
         plan.validate(PAGE_LEN)?;
         let drawn = self.drawn.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Some(missing) = plan.drawn.iter().find(|token| token.output >= drawn.len()) {
@@ -105,14 +105,14 @@ impl CpuStep {
         Ok(())
     }
 
-    pub(super) fn send(&mut self) -> u64 {
+    pub(crate) fn send(&mut self) -> u64 {
         let drawn = self.drawn.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.count += 1;
         self.sent[(self.count % 2) as usize] = (self.count, drawn.clone());
         self.count
     }
 
-    pub(super) fn sent(&self, number: u64) -> Result<Vec<Option<u32>>, KernelError> {
+    pub(crate) fn sent(&self, number: u64) -> Result<Vec<Option<u32>>, KernelError> {
         match &self.sent[(number % 2) as usize] {
             (of, tokens) if *of == number => Ok(tokens.clone()),
             _ => Err(KernelError::Argument {

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::{
     DenseData, DenseWeight, KernelError,
-    cuda::{CudaDevice, Element, driver::Resident},
+    cuda::{Activation as _, CudaDevice, Element, driver::Resident},
 };
 
 /// An embedding matrix in the element type of the device, `(vocabulary, hidden)`.
@@ -61,7 +61,7 @@ pub struct CudaRope {
 }
 
 impl CudaRope {
-    pub(super) fn new(
+    pub(in crate::cuda) fn new(
         stream: &Arc<CudaStream>,
         cos: &[f32],
         sin: &[f32],
@@ -76,7 +76,7 @@ impl CudaRope {
     }
 
     /// Fails unless the table is for heads of this size and has the positions before `end`.
-    pub(super) fn check(&self, head_dim: usize, end: usize) -> Result<(), KernelError> {
+    pub(in crate::cuda) fn check(&self, head_dim: usize, end: usize) -> Result<(), KernelError> {
         if head_dim != self.head_dim {
             return Err(KernelError::Argument { what: "head_dim", got: head_dim, limit: self.head_dim + 1 });
         }
@@ -86,11 +86,11 @@ impl CudaRope {
         }
     }
 
-    pub(super) fn cos(&self) -> u64 {
+    pub(in crate::cuda) fn cos(&self) -> u64 {
         self.cos.address()
     }
 
-    pub(super) fn sin(&self) -> u64 {
+    pub(in crate::cuda) fn sin(&self) -> u64 {
         self.sin.address()
     }
 }

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     KernelError,
     cuda::{
-        Element,
+        Activation,
         copies::{Pitched, copy_rows},
     },
 };
@@ -86,7 +86,7 @@ pub(super) struct Matrix<'a> {
 
 impl Matrix<'_> {
     /// Factorises with as much damping as it takes.
-    pub(super) fn factorize<T: Element>(
+    pub(super) fn factorize<T: Activation>(
         &self,
         gpu: &Gpu<T>,
         config: &GptqConfig,
@@ -138,7 +138,7 @@ impl Matrix<'_> {
         Ok(Ok((Factor { upper, correction }, report)))
     }
 
-    fn gather<T: Element>(
+    fn gather<T: Activation>(
         &self,
         gpu: &Gpu<T>,
         source: &Memory<f64>,
@@ -161,7 +161,7 @@ impl Matrix<'_> {
     }
 
     /// GPTAQ's `P = alpha * triu(D U^T, 1) * U`; `spare` is (n, n) and overwritten.
-    fn correction<T: Element>(
+    fn correction<T: Activation>(
         &self,
         gpu: &Gpu<T>,
         cross: &Memory<f64>,
@@ -195,14 +195,14 @@ fn half(n: usize) -> usize {
     if n <= LEAF { n } else { (n / 2).next_multiple_of(LEAF) }
 }
 
-struct Recursion<'a, T: Element> {
+struct Recursion<'a, T: Activation> {
     gpu: &'a Gpu<T>,
     stride: usize,
     scratch: u64,
     status: u64,
 }
 
-impl<T: Element> Recursion<'_, T> {
+impl<T: Activation> Recursion<'_, T> {
     /// Replaces the lower triangle of `A = L L^T`, n rows from index `first` on, by that of `L^-1`.
     fn invert_factor(&self, a: u64, n: usize, first: usize) -> Result<(), KernelError> {
         let Self { gpu, stride, scratch, status } = *self;

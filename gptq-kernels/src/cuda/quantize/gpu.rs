@@ -8,20 +8,23 @@ use cudarc::{
     },
     driver::CudaStream,
 };
-use half::f16;
 
-use super::{memory::Memory, solve};
+use super::{columns, memory::Memory};
 use crate::{
-    KernelError, Unsupported,
+    DenseType, KernelError, Unsupported,
     cuda::{
-        CudaDevice, Element,
+        Activation, CudaDevice,
         blas::{self, Blas, Scratch},
         driver::{Function, Launch},
+        single,
     },
 };
 
 /// Name of the image, and of all this in errors.
 pub(super) const NAME: &str = "quantize";
+
+/// The kernel that splits float32 into halves.
+pub(super) const SPLIT: &str = "split_f32";
 
 /// Bytes of scratch for cuBLAS: what NVIDIA recommends for Hopper.
 const SCRATCH: usize = 32 << 20;
@@ -29,7 +32,7 @@ const SCRATCH: usize = 32 << 20;
 /// Rows of blocks of a launch; kernels loop over the rest.
 pub(super) const MOST_BLOCKS: usize = 65535;
 
-pub(super) struct Gpu<T: Element> {
+pub(super) struct Gpu<T: Activation> {
     pub(super) device: CudaDevice<T>,
     blas: Arc<Blas>,
     scratch: Memory<u8>,
@@ -74,7 +77,7 @@ fn int(value: usize) -> Result<c_int, KernelError> {
     })
 }
 
-impl<T: Element> Gpu<T> {
+impl<T: Activation> Gpu<T> {
     pub(super) fn new(device: &CudaDevice<T>) -> Result<Self, KernelError> {
         let unsupported = |reason| KernelError::Unsupported { kernel: NAME, reason };
         device.needs((8, 0)).map_err(unsupported)?;
@@ -84,7 +87,9 @@ impl<T: Element> Gpu<T> {
         for (entry, shared) in [
             ("add_span", 0),
             ("finish_sum", 0),
-            (Self::typed("difference_f16", "difference_bf16"), 0),
+            ("add_squares", 0),
+            ("set_diagonal", 0),
+            (Self::typed("difference_f16", "difference_bf16", "difference_f32"), 0),
             ("gather_matrix", 0),
             ("factor_leaf", 0),
             ("reverse_matrix", 0),
@@ -95,15 +100,18 @@ impl<T: Element> Gpu<T> {
             ("gather_weight_f16", 0),
             ("gather_weight_bf16", 0),
             ("zero_columns", 0),
-            ("columns_gptq", solve::shared(solve::MOST_WIDTH, false).min(device.shared_memory())),
-            ("columns_gptaq", solve::shared(solve::MOST_WIDTH, true).min(device.shared_memory())),
+            ("columns_gptq", columns::shared(columns::MOST_WIDTH, false).min(device.shared_memory())),
+            ("columns_gptaq", columns::shared(columns::MOST_WIDTH, true).min(device.shared_memory())),
             ("update_gptq", 0),
             ("update_gptaq", 0),
-            (Self::typed("dequantize_f16", "dequantize_bf16"), 0),
+            (Self::typed("dequantize_f16", "dequantize_bf16", "dequantize_f32"), 0),
             ("pack_codes", 0),
             ("pack_grids", 0),
         ] {
             functions.insert(entry, device.images().function(NAME, entry, shared)?);
+        }
+        if T::TYPE == DenseType::F32 {
+            functions.insert(SPLIT, device.images().function(single::IMAGE, SPLIT, 0)?);
         }
         Ok(Self {
             device: device.clone(),
@@ -113,9 +121,17 @@ impl<T: Element> Gpu<T> {
         })
     }
 
-    /// One name or the other, by the type of activations.
-    pub(super) fn typed(for_f16: &'static str, for_bf16: &'static str) -> &'static str {
-        if T::NAME == f16::NAME { for_f16 } else { for_bf16 }
+    /// One of these names, by the type of activations.
+    pub(super) fn typed(
+        for_f16: &'static str,
+        for_bf16: &'static str,
+        for_f32: &'static str,
+    ) -> &'static str {
+        match T::TYPE {
+            DenseType::F16 => for_f16,
+            DenseType::Bf16 => for_bf16,
+            DenseType::F32 => for_f32,
+        }
     }
 
     pub(super) fn stream(&self) -> &Arc<CudaStream> {
@@ -157,7 +173,7 @@ impl<T: Element> Gpu<T> {
         Scratch { address: self.scratch.address(), bytes: SCRATCH }
     }
 
-    /// `c (m, n) = a (m, k) b (k, n) + beta c` of activations, summed in float32. To cuBLAS, which counts columns first, the
+    /// `c (m, n) = alpha a (m, k) b (k, n) + beta c` of activations, summed in float32. To cuBLAS, which counts columns first, the
     /// matrices are their transposes, and `c^T = b^T a^T`.
     ///
     /// # Safety
@@ -166,11 +182,40 @@ impl<T: Element> Gpu<T> {
     pub(super) unsafe fn multiply_activations(
         &self,
         extent: Extent,
-        (a, b): (Operand, Operand),
+        factors: (f32, Operand, Operand),
+        sums: (f32, Operand),
+    ) -> Result<(), KernelError> {
+        let dtype = match T::TYPE {
+            DenseType::F16 => cudaDataType::CUDA_R_16F,
+            DenseType::Bf16 => cudaDataType::CUDA_R_16BF,
+            DenseType::F32 => cudaDataType::CUDA_R_32F,
+        };
+        // SAFETY: the caller's.
+        unsafe { self.multiply_floats(dtype, extent, factors, sums) }
+    }
+
+    /// The same of the halves that activations in float32 are split into.
+    ///
+    /// # Safety
+    ///
+    /// As [`multiply_activations`](Self::multiply_activations).
+    pub(super) unsafe fn multiply_halves(
+        &self,
+        extent: Extent,
+        factors: (f32, Operand, Operand),
+        sums: (f32, Operand),
+    ) -> Result<(), KernelError> {
+        // SAFETY: the caller's.
+        unsafe { self.multiply_floats(cudaDataType::CUDA_R_16F, extent, factors, sums) }
+    }
+
+    unsafe fn multiply_floats(
+        &self,
+        dtype: cudaDataType,
+        extent: Extent,
+        (alpha, a, b): (f32, Operand, Operand),
         (beta, c): (f32, Operand),
     ) -> Result<(), KernelError> {
-        let dtype = if T::NAME == f16::NAME { cudaDataType::CUDA_R_16F } else { cudaDataType::CUDA_R_16BF };
-        let alpha = 1.0f32;
         let (m, n, k) = (int(extent.m)?, int(extent.n)?, int(extent.k)?);
         let (lda, ldb, ldc) = (int(a.stride)?, int(b.stride)?, int(c.stride)?);
         // SAFETY: alpha and beta are read during the call; the caller vouches for the matrices. All products of this value

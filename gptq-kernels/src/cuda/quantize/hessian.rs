@@ -5,19 +5,17 @@ use ndarray::ArrayView2;
 
 use super::{
     gpu::{Extent, Gpu, Operand},
+    halves::{CHUNK, Halves, MOST_SINGLE, Slab},
     memory::Memory,
 };
 use crate::{
-    KernelError, MatRef,
+    DenseType, KernelError, MatRef,
     cuda::{
-        CudaDevice, Element,
+        Activation, CudaDevice,
         copies::{Pitched, copy_rows},
     },
     quantize::QuantizeError,
 };
-
-/// Tokens of one product.
-const CHUNK: usize = 2048;
 
 /// Products that are summed in float32.
 const SPAN: usize = 8;
@@ -33,7 +31,11 @@ const TILE: usize = 32;
 /// Products of halves are exact in float32. Tensor cores sum those of 2048 tokens, eight such sums are added in float32, and
 /// the result is added in float64. Tokens are cut into these chunks by their number alone: what does not fill one waits
 /// for more, so batches do not matter.
-pub struct CudaSums<T: Element> {
+///
+/// Activations in float32 of up to 2048 features are multiplied as such, without tensor cores; more are split into halves, as `cuda-split-f32` does it: `x = x1 + x2 / 2^11` and
+/// `x x^T = x1 x1^T + (x2 x1^T + x1 x2^T) / 2^11`, the first of some hundred tokens at a time. Their diagonal, by which columns are ordered
+/// and where all that tensor cores cut off has the same sign, is summed in float64 besides.
+pub struct CudaSums<T: Activation> {
     pub(super) in_features: usize,
     /// Distance of rows of what waits, a multiple of 16 bytes.
     stride: usize,
@@ -41,6 +43,10 @@ pub struct CudaSums<T: Element> {
     cross: Option<Cross<T>>,
     pending: Memory<T>,
     pending_rows: usize,
+    /// Halves of a chunk of activations in float32.
+    halves: Option<Memory<u16>>,
+    /// Sums of their squares, (n).
+    squares: Option<Memory<f64>>,
     tokens: u64,
 }
 
@@ -55,9 +61,11 @@ struct Moment {
 
 struct Cross<T> {
     moment: Moment,
-    /// `x~ - x` of what waits, as the sum of two halves.
+    /// `x~ - x` of what waits: the sum of two halves, or all of it where activations have float32.
     high: Memory<T>,
     low: Memory<T>,
+    /// Halves of the latter, as of the activations.
+    halves: Option<Memory<u16>>,
 }
 
 /// Second moments on a GPU, (n, n) in float64, rounded to float32 as the references hold them.
@@ -71,7 +79,7 @@ pub struct CudaMoments {
 impl CudaMoments {
     /// [`Hessian::output_error`](gptq_core::Hessian::output_error): the product with H here, its scalar product with the
     /// error on the host, in one order.
-    pub(super) fn output_error<T: Element>(
+    pub(super) fn output_error<T: Activation>(
         &self,
         gpu: &Gpu<T>,
         error: ArrayView2<'_, f32>,
@@ -130,8 +138,39 @@ struct DifferenceArgs {
     n: u32,
 }
 
+/// `SquaresArgs`.
+#[repr(C)]
+struct SquaresArgs {
+    x: u64,
+    sums: u64,
+    stride: u64,
+    rows: u32,
+    n: u32,
+}
+
+/// `DiagonalArgs`.
+#[repr(C)]
+struct DiagonalArgs {
+    sum: u64,
+    diagonal: u64,
+    n: u32,
+}
+
+/// `DifferenceF32Args`.
+#[repr(C)]
+struct DifferenceF32Args {
+    x: u64,
+    reference: u64,
+    out: u64,
+    x_stride: u64,
+    reference_stride: u64,
+    stride: u64,
+    rows: u32,
+    n: u32,
+}
+
 impl Moment {
-    fn new<T: Element>(gpu: &Gpu<T>, n: usize) -> Result<Self, KernelError> {
+    fn new<T: Activation>(gpu: &Gpu<T>, n: usize) -> Result<Self, KernelError> {
         Ok(Self {
             sum: Memory::zeros(gpu.stream(), n * n)?,
             part: Memory::zeros(gpu.stream(), n * n)?,
@@ -141,7 +180,7 @@ impl Moment {
     }
 
     /// Adds the float32 sums to the float64 ones.
-    fn flush<T: Element>(&mut self, gpu: &Gpu<T>, n: usize, lower: bool) -> Result<(), KernelError> {
+    fn flush<T: Activation>(&mut self, gpu: &Gpu<T>, n: usize, lower: bool) -> Result<(), KernelError> {
         if self.chunks == 0 {
             return Ok(());
         }
@@ -159,13 +198,19 @@ impl Moment {
         Ok(())
     }
 
-    /// Scales and rounds the sums; the diagonal.
-    fn finish<T: Element>(
+    /// Scales and rounds the sums, the diagonal being `exact` if that is known; the diagonal.
+    fn finish<T: Activation>(
         mut self,
         gpu: &Gpu<T>,
         (n, scale, lower): (usize, f64, bool),
+        exact: Option<&Memory<f64>>,
     ) -> Result<(Memory<f64>, Vec<f64>), QuantizeError> {
         self.flush(gpu, n, lower)?;
+        if let Some(exact) = exact {
+            let args = DiagonalArgs { sum: self.sum.address(), diagonal: exact.address(), n: n as u32 };
+            // SAFETY: `DiagonalArgs` of the source; the sum is (n, n), the diagonal (n).
+            unsafe { gpu.launch("set_diagonal", (n.div_ceil(256), 1), (256, 0), args) }?;
+        }
         let stream = gpu.stream();
         let diagonal = Memory::<f64>::zeros(stream, n)?;
         let non_finite = Memory::copy_of(stream, &[u64::MAX])?;
@@ -192,13 +237,20 @@ impl Moment {
     }
 }
 
-impl<T: Element> CudaSums<T> {
+impl<T: Activation> CudaSums<T> {
     pub(super) fn new(gpu: &Gpu<T>, in_features: usize, with_reference: bool) -> Result<Self, KernelError> {
         let stream = gpu.stream();
         let stride = in_features.next_multiple_of(8);
         let pending = || Memory::zeros(stream, CHUNK * stride);
+        let single = T::TYPE == DenseType::F32;
+        let halves = || match single && in_features > MOST_SINGLE {
+            true => Memory::zeros(stream, Halves::len(stride)).map(Some),
+            false => Ok(None),
+        };
         let cross = if with_reference {
-            Some(Cross { moment: Moment::new(gpu, in_features)?, high: pending()?, low: pending()? })
+            let low = if single { Memory::zeros(stream, 0) } else { pending() };
+            let moment = Moment::new(gpu, in_features)?;
+            Some(Cross { moment, high: pending()?, low: low?, halves: halves()? })
         } else {
             None
         };
@@ -209,6 +261,8 @@ impl<T: Element> CudaSums<T> {
             cross,
             pending: pending()?,
             pending_rows: 0,
+            halves: halves()?,
+            squares: if single { Some(Memory::zeros(stream, in_features)?) } else { None },
             tokens: 0,
         })
     }
@@ -261,20 +315,7 @@ impl<T: Element> CudaSums<T> {
             // SAFETY: the caller's matrix holds `count` rows from `row` on, and `pending` CHUNK rows in all.
             unsafe { copy_rows(gpu.stream(), from, to, self.in_features * element, count) }?;
             if let (Some(cross), Some(reference)) = (&self.cross, &reference) {
-                let args = DifferenceArgs {
-                    x: address,
-                    reference: at(reference),
-                    high: cross.high.address() + offset,
-                    low: cross.low.address() + offset,
-                    x_stride: inputs.row_stride() as u64,
-                    reference_stride: reference.row_stride() as u64,
-                    stride: self.stride as u64,
-                    rows: count as u32,
-                    n: self.in_features as u32,
-                };
-                let entry = Gpu::<T>::typed("difference_f16", "difference_bf16");
-                // SAFETY: `DifferenceArgs` of the source; sizes as for the copy.
-                unsafe { gpu.launch(entry, (self.in_features.div_ceil(256), count), (256, 0), args) }?;
+                self.difference(gpu, cross, (address, &inputs), (at(reference), reference), count)?;
             }
             self.pending_rows += count;
             row += count;
@@ -286,23 +327,72 @@ impl<T: Element> CudaSums<T> {
         Ok(())
     }
 
+    /// Adds `reference - x` of `count` rows to what waits.
+    fn difference(
+        &self,
+        gpu: &Gpu<T>,
+        cross: &Cross<T>,
+        (x, inputs): (u64, &MatRef<'_, CudaDevice<T>>),
+        (reference, references): (u64, &MatRef<'_, CudaDevice<T>>),
+        count: usize,
+    ) -> Result<(), KernelError> {
+        let offset = (self.pending_rows * self.stride * size_of::<T>()) as u64;
+        let (x_stride, reference_stride) = (inputs.row_stride() as u64, references.row_stride() as u64);
+        let (stride, rows, n) = (self.stride as u64, count as u32, self.in_features as u32);
+        let (grid, high) = ((self.in_features.div_ceil(256), count), cross.high.address() + offset);
+        if T::TYPE == DenseType::F32 {
+            let args =
+                DifferenceF32Args { x, reference, out: high, x_stride, reference_stride, stride, rows, n };
+            // SAFETY: `DifferenceF32Args` of the source; the callers' matrices hold `count` rows, and what waits CHUNK rows in
+            // all.
+            return unsafe { gpu.launch("difference_f32", grid, (256, 0), args) };
+        }
+        let low = cross.low.address() + offset;
+        let args = DifferenceArgs { x, reference, high, low, x_stride, reference_stride, stride, rows, n };
+        let entry = Gpu::<T>::typed("difference_f16", "difference_bf16", "difference_f32");
+        // SAFETY: `DifferenceArgs` of the source; sizes as above.
+        unsafe { gpu.launch(entry, grid, (256, 0), args) }
+    }
+
+    /// Products that are summed in float32: small ones of float32 are added in float64 at once.
+    fn most_chunks(&self) -> usize {
+        if self.squares.is_some() && self.halves.is_none() { 1 } else { SPAN }
+    }
+
     fn multiply_pending(&mut self, gpu: &Gpu<T>) -> Result<(), KernelError> {
-        let (tokens, n) = (self.pending_rows, self.in_features);
+        let (tokens, n, most) = (self.pending_rows, self.in_features, self.most_chunks());
         let x = Operand::new(self.pending.address(), self.stride);
         self.multiply(gpu, x, tokens)?;
         if let Some(cross) = &mut self.cross {
             let moment = &mut cross.moment;
-            for (half, memory) in [&cross.high, &cross.low].into_iter().enumerate() {
+            let beta = if moment.chunks == 0 { 0.0 } else { 1.0 };
+            if let (Some(inputs), Some(halves)) = (&self.halves, &cross.halves) {
+                // `multiply` has split the inputs.
+                let (inputs, halves, stride) = (Halves(inputs), Halves(halves), self.stride);
+                halves.fill(gpu, Operand::new(cross.high.address(), stride), (tokens, n, stride))?;
+                let whole = Slab { first: 0, rows: n, columns: n };
+                halves.multiply(gpu, &inputs, (n, stride), whole, (beta, &moment.part))?;
+            }
+            let products = match (&cross.halves, T::TYPE) {
+                (Some(_), _) => &[][..],
+                (None, DenseType::F32) => &[&cross.high][..],
+                (None, _) => &[&cross.high, &cross.low][..],
+            };
+            for (half, memory) in products.iter().enumerate() {
                 let beta = if moment.chunks == 0 && half == 0 { 0.0 } else { 1.0 };
                 let difference = Operand::new(memory.address(), self.stride).transposed();
                 let sums = Operand::new(moment.part.address(), n);
                 // SAFETY: `tokens` rows of `stride` elements twice, and (n, n) sums.
                 unsafe {
-                    gpu.multiply_activations(Extent { m: n, n, k: tokens }, (difference, x), (beta, sums))
+                    gpu.multiply_activations(
+                        Extent { m: n, n, k: tokens },
+                        (1.0, difference, x),
+                        (beta, sums),
+                    )
                 }?;
             }
             moment.chunks += 1;
-            if moment.chunks == SPAN {
+            if moment.chunks == most {
                 moment.flush(gpu, n, false)?;
             }
         }
@@ -314,16 +404,36 @@ impl<T: Element> CudaSums<T> {
     fn multiply(&mut self, gpu: &Gpu<T>, x: Operand, tokens: usize) -> Result<(), KernelError> {
         let n = self.in_features;
         let beta = if self.moment.chunks == 0 { 0.0 } else { 1.0 };
+        let halves = self.halves.as_ref().map(Halves);
+        if let Some(halves) = &halves {
+            halves.fill(gpu, x, (tokens, n, self.stride))?;
+        }
+        if let Some(squares) = &self.squares {
+            let args = SquaresArgs {
+                x: x.address,
+                sums: squares.address(),
+                stride: x.stride as u64,
+                rows: tokens as u32,
+                n: n as u32,
+            };
+            // SAFETY: `SquaresArgs` of the source; x has `tokens` rows of n float32, there are n sums.
+            unsafe { gpu.launch("add_squares", (n.div_ceil(32), 1), (256, 0), args) }?;
+        }
         for first in (0..n).step_by(SLAB) {
             let rows = SLAB.min(n - first);
+            if let Some(halves) = &halves {
+                let slab = Slab { first, rows, columns: first + rows };
+                halves.multiply(gpu, halves, (n, self.stride), slab, (beta, &self.moment.part))?;
+                continue;
+            }
             let slab = Operand { address: x.address + (first * size_of::<T>()) as u64, ..x };
             let sums = Operand::new(self.moment.part.address() + (first * n * size_of::<f32>()) as u64, n);
             let extent = Extent { m: rows, n: first + rows, k: tokens };
             // SAFETY: `tokens` rows of n elements; rows `first..first + rows` of the sums, as far as their diagonal.
-            unsafe { gpu.multiply_activations(extent, (slab.transposed(), x), (beta, sums)) }?;
+            unsafe { gpu.multiply_activations(extent, (1.0, slab.transposed(), x), (beta, sums)) }?;
         }
         self.moment.chunks += 1;
-        if self.moment.chunks == SPAN {
+        if self.moment.chunks == self.most_chunks() {
             self.moment.flush(gpu, n, true)?;
         }
         Ok(())
@@ -337,10 +447,10 @@ impl<T: Element> CudaSums<T> {
             self.multiply_pending(gpu)?;
         }
         let (n, scale) = (self.in_features, 2.0 / self.tokens as f64);
-        drop(self.pending);
-        let (matrix, diagonal) = self.moment.finish(gpu, (n, scale, true))?;
+        drop((self.pending, self.halves));
+        let (matrix, diagonal) = self.moment.finish(gpu, (n, scale, true), self.squares.as_ref())?;
         let cross = match self.cross {
-            Some(cross) => Some(cross.moment.finish(gpu, (n, scale, false))?.0),
+            Some(cross) => Some(cross.moment.finish(gpu, (n, scale, false), None)?.0),
             None => None,
         };
         Ok(CudaMoments { matrix, cross, diagonal, samples: self.tokens })

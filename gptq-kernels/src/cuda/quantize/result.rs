@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     KernelError, MatMut,
-    cuda::{CudaDevice, Element},
+    cuda::{Activation, CudaDevice},
     quantize::{QuantizeError, half_bias},
 };
 
@@ -74,7 +74,7 @@ impl CudaQuantized {
             .expect("invariant: allocated with this many elements")
     }
 
-    pub(super) fn download<T: Element>(&self, gpu: &Gpu<T>) -> Result<QuantizedWeight, QuantizeError> {
+    pub(super) fn download<T: Activation>(&self, gpu: &Gpu<T>) -> Result<QuantizedWeight, QuantizeError> {
         let (rows, n) = (self.rows, self.n());
         let groups = self.host_scales.len() / rows;
         let shaped = "invariant: allocated with this many elements";
@@ -88,7 +88,7 @@ impl CudaQuantized {
         })
     }
 
-    pub(super) fn dequantize<T: Element>(
+    pub(super) fn dequantize<T: Activation>(
         &self,
         gpu: &Gpu<T>,
         y: MatMut<'_, CudaDevice<T>>,
@@ -110,12 +110,12 @@ impl CudaQuantized {
             n: n as u32,
             group_count: (self.host_scales.len() / rows) as u32,
         };
-        let entry = Gpu::<T>::typed("dequantize_f16", "dequantize_bf16");
+        let entry = Gpu::<T>::typed("dequantize_f16", "dequantize_bf16", "dequantize_f32");
         // SAFETY: `DequantizeArgs` of the source; codes and y are (rows, n), scales and zeros (rows, groups), g_idx (n).
         unsafe { gpu.launch(entry, (n.div_ceil(256), rows.min(MOST_BLOCKS)), (256, 0), args) }
     }
 
-    pub(super) fn pack<T: Element>(
+    pub(super) fn pack<T: Activation>(
         &self,
         gpu: &Gpu<T>,
         config: &GptqConfig,

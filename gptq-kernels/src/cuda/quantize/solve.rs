@@ -6,23 +6,16 @@ use gptq_core::{GptqConfig, GptqError, LayerReport, Method};
 
 use super::{
     CudaPrepared, CudaQuantized,
+    columns::{MOST_WIDTH, ROWS, shared},
     factor::Factor,
     gpu::{Gpu, MOST_BLOCKS, NAME, check_features},
     memory::Memory,
 };
 use crate::{
     DenseData, DenseWeight, KernelError, MatRef, Unsupported,
-    cuda::{CudaDevice, Element},
+    cuda::{Activation, CudaDevice},
     quantize::QuantizeError,
 };
-
-/// The widest lazy block.
-pub(super) const MOST_WIDTH: usize = 256;
-
-/// Rows of a block, columns of a step, and how far such a step's rows are apart; as in `quantize_columns.cuh`.
-const ROWS: usize = 32;
-const STEPS: usize = 32;
-const PADDED: usize = 33;
 
 /// Side of the tiles of `update`.
 const UPDATE: usize = 128;
@@ -31,14 +24,6 @@ const UPDATE: usize = 128;
 const FIT_ROWS: usize = 8;
 const SEARCH_ROWS: usize = 2;
 const SEARCH_THREADS: u32 = 160;
-
-/// Shared memory of the column loop for lazy blocks of `width` columns.
-pub(super) fn shared(width: usize, gptaq: bool) -> usize {
-    let factors = if gptaq { 2 } else { 1 };
-    let rows = factors * STEPS * (width.next_multiple_of(4) + 4);
-    let floats = rows + ROWS * (width | 1) + (2 + factors) * STEPS * PADDED;
-    floats * size_of::<f32>() + STEPS * PADDED
-}
 
 /// `Rule`.
 #[derive(Clone, Copy)]
@@ -125,13 +110,13 @@ struct UpdateArgs {
 }
 
 /// Where a weight (out_features, in_features) comes from.
-pub(super) enum Source<'a, T: Element> {
+pub(super) enum Source<'a, T: Activation> {
     /// Validated.
     Host(DenseWeight<'a>),
     Device(MatRef<'a, CudaDevice<T>>),
 }
 
-impl<T: Element> Source<'_, T> {
+impl<T: Activation> Source<'_, T> {
     /// Rows and columns.
     pub(super) fn shape(&self) -> (usize, usize) {
         match self {
@@ -142,7 +127,7 @@ impl<T: Element> Source<'_, T> {
 }
 
 /// One weight on its way.
-struct Solve<'a, T: Element> {
+struct Solve<'a, T: Activation> {
     gpu: &'a Gpu<T>,
     config: &'a GptqConfig,
     prepared: &'a CudaPrepared,
@@ -163,7 +148,7 @@ struct Solve<'a, T: Element> {
 }
 
 /// Checks that the column loop can run with these settings on this GPU.
-pub(super) fn check_config<T: Element>(gpu: &Gpu<T>, config: &GptqConfig) -> Result<(), KernelError> {
+pub(super) fn check_config<T: Activation>(gpu: &Gpu<T>, config: &GptqConfig) -> Result<(), KernelError> {
     let width = config.block_size().get();
     let (needed, got) = (shared(width.min(MOST_WIDTH), config.gptaq().is_some()), gpu.device.shared_memory());
     if width > MOST_WIDTH || needed > got {
@@ -174,7 +159,7 @@ pub(super) fn check_config<T: Element>(gpu: &Gpu<T>, config: &GptqConfig) -> Res
 }
 
 /// Quantises a validated weight of as many columns as the Hessian has.
-pub(super) fn quantize<T: Element>(
+pub(super) fn quantize<T: Activation>(
     gpu: &Gpu<T>,
     config: &GptqConfig,
     prepared: &CudaPrepared,
@@ -234,7 +219,7 @@ pub(super) fn quantize<T: Element>(
     Ok(CudaQuantized { rows, codes, scales, zeros, host_scales, shared: prepared.shared.clone(), report })
 }
 
-impl<T: Element> Solve<'_, T> {
+impl<T: Activation> Solve<'_, T> {
     fn rule(&self) -> Rule {
         Rule { max_code: f32::from(self.config.max_code()), sym: self.config.sym().into() }
     }
@@ -246,7 +231,7 @@ impl<T: Element> Solve<'_, T> {
         let gather = |entry, source, stride| self.gather(entry, (source, stride), &non_finite);
         match weight {
             Source::Device(matrix) => {
-                let entry = Gpu::<T>::typed("gather_weight_f16", "gather_weight_bf16");
+                let entry = Gpu::<T>::typed("gather_weight_f16", "gather_weight_bf16", "gather_weight_f32");
                 gather(entry, matrix.data().address(), matrix.row_stride())?;
             }
             // Uploaded as they are.
