@@ -70,7 +70,7 @@ pub type LayerSink<'a> = dyn FnMut(Layer, PackedLinear) -> Result<(), LlamaError
 /// are those behind its quantised predecessors, dequantised with scales in float32 as the solver has them. Forward pass,
 /// second moments and solution run on `device`, one decoder layer at a time: memory holds one layer's weights, the residual
 /// stream of all rows, and one more activation of all rows. The forward pass has the device's type of activations, and its
-/// weights too: float32 on the CPU, half precision on a GPU.
+/// weights too: float32 on the CPU, on a GPU float32 or half precision.
 ///
 /// Finished layers go to `sink`. Errors: [`LlamaError::AlreadyQuantized`], [`LlamaError::Quantize`] with the layer's name,
 /// [`LlamaError::DynamicRule`], [`LlamaError::UnusedRule`], [`LlamaError::TiedOutputLayer`], [`LlamaError::Cancelled`],
