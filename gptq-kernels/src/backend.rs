@@ -98,6 +98,39 @@ pub trait Backend: Device + Sized {
     /// what they would write without. An order costs the operation little or nothing.
     ///
     /// Errors: [`KernelError::Argument`] unless every column below `order.len()` is in it once.
+    ///
+    /// A norm in front of an act-ordered layer; the norm's weight goes into the same order once:
+    ///
+    /// ```
+    /// use gptq_format::PackedLinear;
+    /// use gptq_kernels::{Backend, Fusion, KernelError, LinearKernel, MatMut, MatRef, Workspace, cpu::{self, Cpu}};
+    ///
+    /// /// `y = layer(norm(x))` of one row.
+    /// fn normalised(layer: &PackedLinear, norm: &[f32], x: &[f32], y: &mut [f32]) -> Result<(), KernelError> {
+    ///     let kernels = cpu::kernels();
+    ///     let layer = kernels[0].prepare_in_order(layer, &Fusion::default())?;
+    ///     let order = layer.input_order().map(|order| Cpu.order(order)).transpose()?;
+    ///     let norm = match layer.input_order() {
+    ///         Some(order) => order.iter().map(|&column| norm[column as usize]).collect(),
+    ///         None => norm.to_vec(),
+    ///     };
+    ///     let (inputs, outputs) = (x.len(), y.len());
+    ///     let mut normed = vec![0.0; inputs];
+    ///     let into = MatMut::new(&mut normed[..], 1, inputs)?;
+    ///     Cpu.rms_norm(MatRef::new(x, 1, inputs)?, &norm, 1e-5, order.as_ref(), into)?;
+    ///     let mut workspace = Workspace::new(&Cpu, layer.workspace_len(1))?;
+    ///     layer.forward(MatRef::new(&normed[..], 1, inputs)?, MatMut::new(y, 1, outputs)?, &mut workspace)
+    /// }
+    /// # use gptq_format::{Bits, CodesRef};
+    /// # let weight = PackedLinear::pack(&CodesRef {
+    /// #     bits: Bits::B4, group_size: 2, in_features: 4, out_features: 1, codes: &[9; 4], zeros: &[8; 2],
+    /// #     scales: &[1.0, 10.0], g_idx: &[0, 1, 1, 0], bias: None,
+    /// # }).expect("a layer");
+    /// # let mut y = [0.0];
+    /// # normalised(&weight, &[1.0, 1.0, 1.0, 3.0], &[2.0, -2.0, 2.0, 2.0], &mut y)?;
+    /// # assert!((y[0] - 4.0).abs() < 1e-3, "{y:?}");
+    /// # Ok::<(), KernelError>(())
+    /// ```
     fn order(&self, order: &[u32]) -> Result<Self::Order, KernelError>;
 
     /// `y[r, i] = y[r, order[i]]`, for what an operation without an order has written.
