@@ -18,7 +18,7 @@ struct AttentionArgs {
     const Tile* tiles;
     const float* cos;       // (positions, head_dim / 2)
     const float* sin;
-    const u32* places;      // decode: (heads * head_dim), the column of y where each goes; null if they stay in order
+    const u32* places;      // decode: (heads * head_dim), the column of y where each goes, below 2^16; null if they stay in order
     float* partials;        // decode: (rows, heads, chunks, padded) sums, then (rows, heads, chunks, 2) states
     u32* tickets;           // decode: (gridDim.y), zero before and after; used if gridDim.x > 1
     u64 stride, y_stride;
@@ -30,12 +30,6 @@ struct AttentionArgs {
     u32 vectors;            // prefill: heads of qkv are aligned to 16 bytes, those of y to 4
     float scale;            // log2(e) / sqrt(head_dim)
 };
-
-// Brings what no kernel writes to the first cache.
-DEVICE void fetch_constant(const u32* from) {
-    u32 unused;
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(unused) : "l"(from));
-}
 
 // First position that the row at `position` sees.
 DEVICE u32 first_seen(u32 window, u32 position) { return window != 0 && position + 1 > window ? position + 1 - window : 0; }
@@ -265,10 +259,15 @@ DEVICE void decode(const AttentionArgs& args) {
     const bool fresh = newest_here && lead < 2;
     const float cosine = real ? args.cos[(u64)position * half + d] : 1.0f, sine = real ? args.sin[(u64)position * half + d] : 0.0f;
     auto column_of = [&](u32 i) { return (first_head + i / P) * args.head_dim + i % P; };
-    // To the first cache, for the end: no later load has to wait for them.
-    if (args.places != nullptr)
-        for (u32 i = threadIdx.x; i < count * P; i += THREADS)
-            if (i % P < args.head_dim) fetch_constant(args.places + column_of(i));
+    // Places of the thread's first elements are on their way, too: loads at the end would be waited for.
+    constexpr u32 HELD = 4;
+    const bool ordered = args.places != nullptr;
+    u32 held[HELD] = {};
+#pragma unroll
+    for (u32 k = 0; k < HELD; ++k) {
+        const u32 i = k * THREADS + threadIdx.x;
+        if (ordered && i < count * P && i % P < args.head_dim) held[k] = args.places[column_of(i)];
+    }
     await_previous();
 
     const u16* qkv = args.qkv + row * args.stride + d;
@@ -299,6 +298,16 @@ DEVICE void decode(const AttentionArgs& args) {
     __syncthreads();
     u32 q[P / 16][4];
     load_queries<P>(q, queries, ROW, lane);
+    // Places take the place of the queries.
+    if (ordered) {
+        __syncthreads();
+#pragma unroll
+        for (u32 k = 0; k < HELD; ++k)
+            if (k * THREADS + threadIdx.x < count * P) store_shared_2(queries + (k * THREADS + threadIdx.x) * 2, (u16)held[k]);
+#pragma unroll 1
+        for (u32 i = HELD * THREADS + threadIdx.x; i < count * P; i += THREADS)
+            if (i % P < args.head_dim) store_shared_2(queries + i * 2, (u16)args.places[column_of(i)]);
+    }
 
     const u32 slot = position % PAGE_LEN, c = lane / 4;
     // Whoever reads the page meanwhile puts the new key and value in the place of what was read.
@@ -320,8 +329,7 @@ DEVICE void decode(const AttentionArgs& args) {
     u16* y = args.y + row * args.y_stride;
     auto finish = [&](u32 i, float sum, float total) {
         if (i % P >= args.head_dim) return;
-        const u32 column = column_of(i);
-        y[args.places != nullptr ? args.places[column] : column] = Half::from_float(__fmul_rn(sum, 1.0f / total));
+        y[ordered ? load_shared_2(queries + i * 2) : column_of(i)] = Half::from_float(__fmul_rn(sum, 1.0f / total));
     };
 
 #pragma unroll 1

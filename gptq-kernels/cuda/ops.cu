@@ -39,7 +39,7 @@ struct NormArgs {
     u16* x;
     const u16* delta;   // or null
     const u16* weight;  // (cols)
-    const u32* order;   // (cols), or null
+    const u32* order;   // (cols), padded to a multiple of 8; or null
     u16* y;
     const u8* ahead;    // what the kernel behind this one reads first
     u64 x_stride, delta_stride, y_stride;
@@ -78,17 +78,9 @@ struct Columns {
     u32 at[8];
 };
 
-DEVICE Columns load_columns(const u32* order, u32 left, bool vectors) {
-    Columns columns = {};
-    if (vectors && left >= 8) {
-        const uint4 low = ((const uint4*)order)[0], high = ((const uint4*)order)[1];
-        columns = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    } else {
-#pragma unroll
-        for (u32 e = 0; e < 8; ++e)
-            if (e < left) columns.at[e] = order[e];
-    }
-    return columns;
+DEVICE Columns load_columns(const u32* order) {
+    const uint4 low = ((const uint4*)order)[0], high = ((const uint4*)order)[1];
+    return {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 }
 
 // Where y has its own order, the row goes through shared memory, which has room for it in multiples of 8 columns. Its
@@ -109,7 +101,7 @@ DEVICE void norm(const NormArgs& args) {
         const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
         if (i >= args.cols) continue;
         load_8<Half>(weight[k], args.weight + i, args.cols - i, args.vectors);
-        if (ORDERED) columns[k] = load_columns(args.order + i, args.cols - i, args.vectors);
+        if (ORDERED) columns[k] = load_columns(args.order + i);
     }
     await_previous();
     float sum = 0.0f;
@@ -155,7 +147,7 @@ DEVICE void norm(const NormArgs& args) {
     }
     for (u32 i = (HELD * NORM_THREADS + threadIdx.x) * 8; i < args.cols; i += NORM_THREADS * 8) {
         float v[8], w[8];
-        if (ORDERED) pick(v, load_columns(args.order + i, args.cols - i, args.vectors));
+        if (ORDERED) pick(v, load_columns(args.order + i));
         else load_8<Half>(v, x + i, args.cols - i, args.vectors);
         load_8<Half>(w, args.weight + i, args.cols - i, args.vectors);
         finish(v, w, i);
@@ -164,7 +156,7 @@ DEVICE void norm(const NormArgs& args) {
 
 // y[r, i] = y[r, order[i]], through shared memory, which has room for a row in multiples of 8 columns.
 struct ReorderArgs {
-    const u32* order;  // (cols)
+    const u32* order;  // (cols), padded to a multiple of 8
     u16* y;
     u64 y_stride;
     u32 cols, vectors;
@@ -174,42 +166,25 @@ DEVICE void reorder_columns(const ReorderArgs& args) {
     extern __shared__ __align__(16) u16 row[];
     release_next();
     u16* y = args.y + blockIdx.x * args.y_stride;
-    Columns columns[HELD];
-#pragma unroll
-    for (u32 k = 0; k < HELD; ++k) {
-        const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
-        if (i < args.cols) columns[k] = load_columns(args.order + i, args.cols - i, args.vectors);
-    }
     await_previous();
+#pragma unroll 1
     for (u32 i = threadIdx.x * 8; i < args.cols; i += NORM_THREADS * 8) {
-        if (args.vectors && args.cols - i >= 8) {
-            *(uint4*)(row + i) = *(const uint4*)(y + i);
-        } else {
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e)
-                if (e < args.cols - i) row[i + e] = y[i + e];
-        }
+        if (args.vectors && args.cols - i >= 8) *(uint4*)(row + i) = *(const uint4*)(y + i);
+        else for (u32 k = i; k < args.cols && k < i + 8; ++k) row[k] = y[k];
     }
     __syncthreads();
-    auto store = [&](const Columns& columns, u32 i) {
-        u32 out[8];
-#pragma unroll
-        for (u32 e = 0; e < 8; ++e) out[e] = row[columns.at[e]];
+#pragma unroll 1
+    for (u32 i = threadIdx.x * 8; i < args.cols; i += NORM_THREADS * 8) {
         if (args.vectors && args.cols - i >= 8) {
-            *(uint4*)(y + i) = {out[0] | out[1] << 16, out[2] | out[3] << 16, out[4] | out[5] << 16, out[6] | out[7] << 16};
+            const Columns columns = load_columns(args.order + i);
+            u32 pairs[4];
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e) pairs[e] = row[columns.at[2 * e]] | (u32)row[columns.at[2 * e + 1]] << 16;
+            *(uint4*)(y + i) = {pairs[0], pairs[1], pairs[2], pairs[3]};
         } else {
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e)
-                if (e < args.cols - i) y[i + e] = (u16)out[e];
+            for (u32 k = i; k < args.cols && k < i + 8; ++k) y[k] = row[args.order[k]];
         }
-    };
-#pragma unroll
-    for (u32 k = 0; k < HELD; ++k) {
-        const u32 i = (k * NORM_THREADS + threadIdx.x) * 8;
-        if (i < args.cols) store(columns[k], i);
     }
-    for (u32 i = (HELD * NORM_THREADS + threadIdx.x) * 8; i < args.cols; i += NORM_THREADS * 8)
-        store(load_columns(args.order + i, args.cols - i, args.vectors), i);
 }
 
 // Element by element; block (r, c) does 8 * blockDim.x columns of row r.

@@ -194,7 +194,9 @@ impl<T: Element> Backend for CudaDevice<T> {
         mut y: MatMut<'_, Self>,
         workspace: &mut Workspace<Self>,
     ) -> Result<(), KernelError> {
-        if attention::decodes(self, step, shape, store) {
+        // Places of the kernel for single rows are 16-bit numbers.
+        let has_places = order.is_none() || shape.out_features() <= 1 << 16;
+        if has_places && attention::decodes(self, step, shape, store) {
             return attention::decode(
                 self,
                 layer,

@@ -20,8 +20,11 @@ impl CudaOrder {
         super::expect_below("columns of an order", order.len(), device.row_memory() / size_of::<T>())?;
         let places = inverse_order(order)?;
         let stream = device.stream();
+        // Threads read eight at a time.
+        let mut padded = order.to_vec();
+        padded.resize(order.len().next_multiple_of(8), 0);
         Ok(Self {
-            order: Resident::new(stream, order)?,
+            order: Resident::new(stream, &padded)?,
             places: Resident::new(stream, &places)?,
             len: order.len(),
         })
