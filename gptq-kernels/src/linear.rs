@@ -105,6 +105,7 @@ impl LinearSpec {
     }
 
     /// The spec of a layer that `kernel` is to prepare, if it supports that.
+    #[cfg(feature = "cuda")]
     pub(crate) fn supported<D: Device>(
         kernel: &impl LinearKernel<D>,
         weight: &PackedLinear,
@@ -117,6 +118,7 @@ impl LinearSpec {
     }
 
     /// That `kernel` cannot do layers of this shape.
+    #[cfg(feature = "cuda")]
     pub(crate) fn shape_unsupported_by(&self, kernel: &'static str) -> KernelError {
         let &Self { in_features, out_features, .. } = self;
         KernelError::Unsupported { kernel, reason: Unsupported::Shape { in_features, out_features } }
