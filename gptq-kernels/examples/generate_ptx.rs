@@ -76,9 +76,10 @@ fn families() -> Vec<Family> {
         }
     }
     // What does not decode is the same for all GPUs: it lasts so long that its start does not matter.
-    let mut attention8 = Vec::new();
+    // Older GPUs decode with it, too.
+    let (mut attention8, mut decode8) = (Vec::new(), Vec::new());
     let mut decoder = |sm: &'static str| {
-        let (mut ops, mut attention, mut decode8) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ops, mut attention) = (Vec::new(), Vec::new());
         for (half, class) in HALVES {
             let macros =
                 vec![format!("-DIMAGE_HALF={class}"), format!("-DIMAGE_SM90={}", u32::from(sm == "sm90"))];
@@ -90,7 +91,7 @@ fn families() -> Vec<Family> {
                     macros.iter().cloned().chain(attention_macros(bytes, prefill, decode)).collect()
                 };
                 attention.push((format!("attention-{half}-{dim}-{sm}"), with(false, true, true)));
-                if dim <= 128 {
+                if dim <= 128 && sm == "sm90" {
                     decode8.push((format!("decode8-{half}-{dim}-{sm}"), with(true, false, true)));
                 }
                 if sm == "sm80" {
@@ -98,18 +99,16 @@ fn families() -> Vec<Family> {
                 }
             }
         }
-        (ops, attention, decode8)
+        (ops, attention)
     };
-    let ((ops_80, attention_80, decode_80), (ops_90, attention_90, decode_90)) =
-        (decoder("sm80"), decoder("sm90"));
+    let ((ops_80, attention_80), (ops_90, attention_90)) = (decoder("sm80"), decoder("sm90"));
     vec![
         Family { name: "ops-sm80", source: "ops.cu", arch: "compute_80", images: ops_80 },
         Family { name: "ops-sm90", source: "ops.cu", arch: "compute_90", images: ops_90 },
         Family { name: "attention-sm80", source: "attention.cu", arch: "compute_80", images: attention_80 },
         Family { name: "attention-sm90", source: "attention.cu", arch: "compute_90", images: attention_90 },
         Family { name: "attention8", source: "attention.cu", arch: "compute_80", images: attention8 },
-        Family { name: "decode8-sm80", source: "attention.cu", arch: "compute_80", images: decode_80 },
-        Family { name: "decode8-sm90", source: "attention.cu", arch: "compute_90", images: decode_90 },
+        Family { name: "decode8-sm90", source: "attention.cu", arch: "compute_90", images: decode8 },
         Family { name: "plain", source: "plain.cu", arch: "compute_80", images: plain },
         Family { name: "dense", source: "dense.cu", arch: "compute_80", images: dense },
         Family { name: "dense90", source: "dense.cu", arch: "compute_90", images: dense90 },

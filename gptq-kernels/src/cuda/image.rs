@@ -132,9 +132,6 @@ images! {
     "attention8" &["attention_prefill", "append_bytes"] =>
         "attention8-f16-32" "attention8-f16-64" "attention8-f16-96" "attention8-f16-128" "attention8-f16-256"
         "attention8-bf16-32" "attention8-bf16-64" "attention8-bf16-96" "attention8-bf16-128" "attention8-bf16-256";
-    "decode8-sm80" DECODE8 =>
-        "decode8-f16-32-sm80" "decode8-f16-64-sm80" "decode8-f16-96-sm80" "decode8-f16-128-sm80"
-        "decode8-bf16-32-sm80" "decode8-bf16-64-sm80" "decode8-bf16-96-sm80" "decode8-bf16-128-sm80";
     "decode8-sm90" DECODE8 =>
         "decode8-f16-32-sm90" "decode8-f16-64-sm90" "decode8-f16-96-sm90" "decode8-f16-128-sm90"
         "decode8-bf16-32-sm90" "decode8-bf16-64-sm90" "decode8-bf16-96-sm90" "decode8-bf16-128-sm90";

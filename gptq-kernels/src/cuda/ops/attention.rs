@@ -1,6 +1,6 @@
 use super::{
     CudaKvStore, CudaOrder, CudaRope, CudaStep, expect_below, expect_shape,
-    functions::{MOST_DECODE_DIM, padded_dim},
+    functions::padded_dim,
     split::{Decoding, QUERIES, Split},
     step::{CHUNK_PAGES, PAGE_LEN, TICKETS},
 };
@@ -96,7 +96,7 @@ fn decoding<T: Element>(
     if !step.shape().single || jobs > MOST_BLOCKS || parts(shape) > TICKETS {
         return None;
     }
-    let dim = padded_dim(shape.head_dim).filter(|&dim| dim <= MOST_DECODE_DIM)?;
+    let dim = padded_dim(shape.head_dim).filter(|&dim| device.decodes(dim, format))?;
     let decoding = Decoding {
         jobs,
         queries: QUERIES.min(shape.heads / shape.kv_heads.max(1)),

@@ -106,6 +106,12 @@ impl<T: Element> CudaDevice<T> {
         })
     }
 
+    /// Whether there is `attention_decode` for padded heads of that size and that format: bytes are decoded by `attention_prefill` on
+    /// GPUs before Hopper.
+    pub(super) fn decodes(&self, dim: usize, format: KvFormat) -> bool {
+        dim <= MOST_DECODE_DIM && (format == KvFormat::Activations || self.hopper())
+    }
+
     /// The attention kernels for heads of that size and keys and values of that format.
     ///
     /// Errors: [`KernelError::Argument`] if it is above 256.
@@ -125,10 +131,9 @@ impl<T: Element> CudaDevice<T> {
                     let image = self.image(&format!("attention-{}-{dim}", T::NAME))?;
                     (image.clone(), image)
                 }
-                KvFormat::Int8 => (
-                    format!("attention8-{}-{dim}", T::NAME),
-                    self.image(&format!("decode8-{}-{dim}", T::NAME))?,
-                ),
+                KvFormat::Int8 => {
+                    (format!("attention8-{}-{dim}", T::NAME), format!("decode8-{}-{dim}-sm90", T::NAME))
+                }
             };
             // As `attention.cu` lays it out: queries, sums, and pages of keys and values.
             let PageBytes { keys, values } = PageBytes::new(format, dim);
@@ -137,7 +142,7 @@ impl<T: Element> CudaDevice<T> {
             let stages = if fixed + 2 * page <= most { 2 } else { 1 };
             let prefill_shared = fixed + stages * page;
             let load = |image: &str, entry, shared| self.images().function(image, entry, shared);
-            let decodes = dim <= MOST_DECODE_DIM;
+            let decodes = self.decodes(dim, format);
             Ok(AttentionKernels {
                 prefill: load(&prefill, "attention_prefill", prefill_shared)?,
                 prefill_shared,
