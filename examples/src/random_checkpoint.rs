@@ -18,13 +18,13 @@ pub fn write(
     model: &RandomModel,
 ) -> Result<WriteSummary, Failure> {
     let head = Layer::lm_head(config).to_string();
-    let first = model.packed(&Layer { layer: 0, module: Module::Q }.to_string())?;
-    let settings = first
-        .map(|first| {
-            let quantized_head = model.packed(&head).map(|head| head.is_some());
+    let quantized = model.packed(&Layer { layer: 0, module: Module::Q }.to_string())?.is_some();
+    let settings = quantized
+        .then(|| {
+            let quantized_head = model.packed(&head)?.is_some();
             let builder =
-                QuantizeConfig::builder(Bits::B4, Some(GROUP)).sym(true).desc_act(first.is_act_order());
-            Ok::<_, Failure>(builder.lm_head(quantized_head?).build()?)
+                QuantizeConfig::builder(Bits::B4, Some(GROUP)).sym(true).desc_act(model.act_order());
+            Ok::<_, Failure>(builder.lm_head(quantized_head).build()?)
         })
         .transpose()?;
     let mut writer = CheckpointWriter::create(dir, settings.as_ref(), WriteOptions::default())?;

@@ -48,6 +48,11 @@ impl RandomModel {
         self
     }
 
+    /// Whether it is [`with_act_order`](Self::with_act_order).
+    pub fn act_order(&self) -> bool {
+        self.act_order
+    }
+
     /// Groups of a layer's input features.
     fn g_idx(&self, module: &str, in_features: usize) -> Vec<u32> {
         let mut g_idx: Vec<u32> = (0..in_features as u32).map(|i| i / GROUP as u32).collect();
