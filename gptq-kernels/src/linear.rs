@@ -117,6 +117,35 @@ impl LinearSpec {
         Ok(spec)
     }
 
+    /// The spec of a dense layer of a weight `(out_features, in_features)` on the device, if `kernel` supports that.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_resident<D: Device>(
+        kernel: &impl LinearKernel<D>,
+        weight: MatRef<'_, D>,
+        dtype: DenseType,
+        bias: Option<&[f32]>,
+    ) -> Result<Self, KernelError> {
+        let (out_features, in_features) = (weight.rows(), weight.cols());
+        let length = |field, got| KernelError::WeightLength { field, in_features, out_features, got };
+        if out_features == 0 || in_features == 0 {
+            return Err(length("weight", 0));
+        }
+        if let Some(bias) = bias.filter(|bias| bias.len() != out_features) {
+            return Err(length("bias", bias.len()));
+        }
+        let spec = Self {
+            in_features,
+            out_features,
+            weight: WeightFormat::Dense(dtype),
+            bias: bias.is_some(),
+            prologue: Prologue::Load,
+            epilogue: Epilogue::Store,
+        };
+        let unsupported = |reason| KernelError::Unsupported { kernel: kernel.name(), reason };
+        kernel.supports(&spec).map_err(unsupported)?;
+        Ok(spec)
+    }
+
     /// That `kernel` cannot do layers of this shape.
     #[cfg(feature = "cuda")]
     pub(crate) fn shape_unsupported_by(&self, kernel: &'static str) -> KernelError {

@@ -1,4 +1,4 @@
-//! Buffers as matrices.
+//! Buffers, and buffers as matrices.
 
 use gptq_kernels::{Backend, KernelError, MatMut, MatRef};
 
@@ -23,4 +23,11 @@ pub(crate) fn mat_mut<D: Backend>(
 /// A whole buffer.
 pub(crate) fn all<D: Backend>(buffer: &D::Buffer) -> D::Slice<'_> {
     D::slice(buffer, 0..D::buffer_len(buffer))
+}
+
+/// A buffer of `data`.
+pub(crate) fn upload<D: Backend>(device: &D, data: &[f32]) -> Result<D::Buffer, KernelError> {
+    let mut buffer = device.alloc(data.len())?;
+    device.upload(data, D::slice_mut(&mut buffer, 0..data.len()))?;
+    Ok(buffer)
 }

@@ -36,8 +36,8 @@ use super::{
     plain::output_bound,
 };
 use crate::{
-    DenseData, DenseWeight, Epilogue, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
-    MatRef, Prologue, Unsupported, WeightFormat, Workspace, cpu::check_operands,
+    DenseData, DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
+    Unsupported, WeightFormat, Workspace, cpu::check_operands,
 };
 
 pub(super) const NAME: &str = "cuda-dense";
@@ -205,23 +205,8 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Dense<T> {
         weight: MatRef<'_, CudaDevice<T>>,
         bias: Option<&[f32]>,
     ) -> Result<Box<dyn Linear<CudaDevice<T>>>, KernelError> {
-        let (n, k) = (weight.rows(), weight.cols());
-        let length = |field, got| KernelError::WeightLength { field, in_features: k, out_features: n, got };
-        if n == 0 || k == 0 {
-            return Err(length("weight", 0));
-        }
-        if let Some(bias) = bias.filter(|bias| bias.len() != n) {
-            return Err(length("bias", bias.len()));
-        }
-        let spec = LinearSpec {
-            in_features: k,
-            out_features: n,
-            weight: WeightFormat::Dense(T::TYPE),
-            bias: bias.is_some(),
-            prologue: Prologue::Load,
-            epilogue: Epilogue::Store,
-        };
-        self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: self.name, reason })?;
+        let spec = LinearSpec::of_resident(self, weight, T::TYPE, bias)?;
+        let (n, k) = (spec.out_features, spec.in_features);
         let (k_stride, size) = (k.next_multiple_of(STEP), size_of::<T>());
         let resident = Resident::zeros::<T>(self.device.stream(), n * k_stride)?;
         let from = Pitched { address: weight.data().address(), pitch: weight.row_stride() * size };

@@ -7,14 +7,13 @@ use std::{
 };
 
 use gptq_format::{Checkpoint, PackedLinear};
-use gptq_kernels::{
-    AttentionShape, Backend, CostTable, Epilogue, Fusion, KernelError, KvFormat, Selector, Workload,
-};
+use gptq_kernels::{AttentionShape, Backend, CostTable, Epilogue, Fusion, KvFormat, Selector, Workload};
 use rayon::prelude::*;
 
 use super::{DecoderLayer, Llama, capacity, norm::OrderedNorm};
 use crate::{
     Layer, LlamaConfig, LlamaError, Precision, WeightSource,
+    buffers::upload,
     generate::PREFILL,
     names::{self, Module},
     projections::{Preparation, Projections},
@@ -309,10 +308,4 @@ pub(crate) fn load_norm<D: Backend>(
 ) -> Result<D::Buffer, LlamaError> {
     let weight = read_tensor(source, name, &[features])?.to_f32();
     Ok(upload(device, &weight)?)
-}
-
-pub(crate) fn upload<D: Backend>(device: &D, data: &[f32]) -> Result<D::Buffer, KernelError> {
-    let mut buffer = device.alloc(data.len())?;
-    device.upload(data, D::slice_mut(&mut buffer, 0..data.len()))?;
-    Ok(buffer)
 }

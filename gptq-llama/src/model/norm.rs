@@ -1,6 +1,10 @@
 use gptq_kernels::{Backend, KernelError, Linear, MatMut, MatRef};
 
-use crate::{LlamaError, WeightSource, buffers::all, weights::read_tensor};
+use crate::{
+    LlamaError, WeightSource,
+    buffers::{all, upload},
+    weights::read_tensor,
+};
 
 /// A norm that writes its columns in the order in which the layers behind it take them.
 pub(super) struct OrderedNorm<D: Backend> {
@@ -28,7 +32,7 @@ impl<D: Backend> OrderedNorm<D> {
             }
             weight = order.iter().map(|&column| weight[column as usize]).collect();
         }
-        Ok(Self { weight: super::load::upload(device, &weight)?, order: prepared, eps })
+        Ok(Self { weight: upload(device, &weight)?, order: prepared, eps })
     }
 
     /// `y = norm(x)`, for `next` to read.

@@ -1,6 +1,6 @@
 use super::{
     CudaKvStore, CudaOrder, CudaRope, CudaStep, expect_below, expect_shape,
-    functions::padded_dim,
+    kv::padded_dim,
     split::{Decoding, QUERIES, Split},
     step::{CHUNK_PAGES, PAGE_LEN, TICKETS},
 };

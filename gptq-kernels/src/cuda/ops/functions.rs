@@ -1,6 +1,6 @@
 use std::sync::{Mutex, OnceLock};
 
-use super::kv::PageBytes;
+use super::kv::{DIMS, PageBytes};
 use crate::{
     KernelError, KvFormat,
     cuda::{
@@ -10,17 +10,9 @@ use crate::{
     },
 };
 
-/// Features of a head that attention kernels are made for; other heads are padded with zeros to the next.
-const DIMS: [usize; 5] = [32, 64, 96, 128, 256];
-
 /// Padded heads up to which there is `attention_decode`: its threads have a pair of features each, half of them of the new key and
 /// half of the new value.
 pub(super) const MOST_DECODE_DIM: usize = 128;
-
-/// `head_dim` with its padding, `None` if no kernel has it.
-pub(super) fn padded_dim(head_dim: usize) -> Option<usize> {
-    DIMS.into_iter().find(|&dim| head_dim <= dim)
-}
 
 /// The decoder's kernels of one device, loaded when first used.
 #[derive(Default)]

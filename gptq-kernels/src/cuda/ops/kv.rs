@@ -2,7 +2,7 @@ use std::{marker::PhantomData, sync::Arc};
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
-use super::{expect_below, functions::padded_dim, step::PAGE_LEN};
+use super::{expect_below, step::PAGE_LEN};
 use crate::{
     AttentionShape, KernelError, KvFormat, KvShape,
     cuda::{
@@ -10,6 +10,14 @@ use crate::{
         driver::{gpu_error, zeros},
     },
 };
+
+/// Features of a head that attention kernels are made for; other heads are padded with zeros to the next.
+pub(super) const DIMS: [usize; 5] = [32, 64, 96, 128, 256];
+
+/// `head_dim` with its padding, `None` if no kernel has it.
+pub(super) fn padded_dim(head_dim: usize) -> Option<usize> {
+    DIMS.into_iter().find(|&dim| head_dim <= dim)
+}
 
 /// Bytes of a page of one head.
 #[derive(Clone, Copy, Debug)]

@@ -30,7 +30,7 @@ use gptq_format::PackedLinear;
 use super::{IMAGE, MOST_BLOCKS, elements::elementwise, launch};
 use crate::{
     DenseData, DenseType, DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
-    MatRef, Unsupported, WeightFormat, Workspace,
+    MatRef, Unsupported, Workspace,
     cpu::check_operands,
     cuda::{
         CudaDevice,
@@ -199,23 +199,7 @@ impl LinearKernel<CudaDevice<f32>> for Split {
         weight: MatRef<'_, CudaDevice<f32>>,
         bias: Option<&[f32]>,
     ) -> Result<Box<dyn Linear<CudaDevice<f32>>>, KernelError> {
-        let (n, k) = (weight.rows(), weight.cols());
-        let length = |field, got| KernelError::WeightLength { field, in_features: k, out_features: n, got };
-        if n == 0 || k == 0 {
-            return Err(length("weight", 0));
-        }
-        if let Some(bias) = bias.filter(|bias| bias.len() != n) {
-            return Err(length("bias", bias.len()));
-        }
-        let spec = LinearSpec {
-            in_features: k,
-            out_features: n,
-            weight: WeightFormat::Dense(DenseType::F32),
-            bias: bias.is_some(),
-            prologue: crate::Prologue::Load,
-            epilogue: crate::Epilogue::Store,
-        };
-        self.supports(&spec).map_err(|reason| KernelError::Unsupported { kernel: NAME, reason })?;
+        let spec = LinearSpec::of_resident(self, weight, DenseType::F32, bias)?;
         self.layer(spec, DenseType::F32, (weight.data().address(), weight.row_stride()), bias)
     }
 
