@@ -29,8 +29,8 @@ use gptq_format::PackedLinear;
 
 use super::{IMAGE, MOST_BLOCKS, elements::elementwise, launch};
 use crate::{
-    DenseData, DenseType, DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
-    MatRef, Unsupported, Workspace,
+    DenseData, DenseType, DenseWeight, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec,
+    MatMut, MatRef, Unsupported, Workspace,
     cpu::check_operands,
     cuda::{
         CudaDevice,
@@ -175,6 +175,15 @@ impl LinearKernel<CudaDevice<f32>> for Split {
             weight.bias().map(|bias| bias.iter().map(|value| value.to_f32()).collect());
         let k = spec.in_features;
         self.layer(spec, DenseType::F32, (floats.address(), k), bias.as_deref())
+    }
+
+    /// Takes `x` as it is: the order of the groups is gone with the codes.
+    fn prepare_in_order(
+        &self,
+        weight: &PackedLinear,
+        fusion: &Fusion<'_>,
+    ) -> Result<Box<dyn Linear<CudaDevice<f32>>>, KernelError> {
+        self.prepare_fused(weight, fusion)
     }
 
     fn prepare_dense(
