@@ -1,6 +1,9 @@
 use std::ops::Range;
 
-use crate::{DenseWeight, Device, Draw, KernelError, Linear, LinearKernel, MatMut, MatRef, Workspace};
+use crate::{
+    DenseWeight, Device, Draw, KernelError, Linear, LinearKernel, MatMut, MatRef, Workspace,
+    matrix::expect_below,
+};
 
 /// A device that can run a whole decoder: what a Llama needs besides quantised linear layers.
 ///
@@ -276,6 +279,24 @@ pub struct KvShape {
     pub pages: usize,
     /// What keys and values are kept as.
     pub format: KvFormat,
+}
+
+impl KvShape {
+    /// Fails unless a store of this shape has this layer and heads of that shape.
+    pub(crate) fn expect(&self, layer: usize, shape: AttentionShape) -> Result<(), KernelError> {
+        expect_below("layer", layer, self.layers)?;
+        let equal = |what, got: usize, want: usize| {
+            if got == want { Ok(()) } else { Err(KernelError::Argument { what, got, limit: want + 1 }) }
+        };
+        equal("kv_heads", shape.kv_heads, self.kv_heads)?;
+        equal("head_dim", shape.head_dim, self.head_dim)
+    }
+
+    /// Fails unless all pages below `end` are there.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn expect_pages(&self, end: usize) -> Result<(), KernelError> {
+        end.checked_sub(1).map_or(Ok(()), |last| expect_below("page", last, self.pages))
+    }
 }
 
 /// What keys and values are kept as.

@@ -27,6 +27,11 @@ fn check(rows: usize, cols: usize, row_stride: usize, len: usize) -> Result<(), 
     }
 }
 
+/// Fails unless `got` is below `limit`.
+pub(crate) fn expect_below(what: &'static str, got: usize, limit: usize) -> Result<(), KernelError> {
+    if got < limit { Ok(()) } else { Err(KernelError::Argument { what, got, limit }) }
+}
+
 /// Fails unless a matrix is `rows x cols`.
 pub(crate) fn expect_shape(
     argument: &'static str,

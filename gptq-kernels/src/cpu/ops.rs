@@ -260,19 +260,21 @@ impl Backend for Cpu {
     fn argmax(&self, x: MatRef<'_, Self>, out: &mut [Option<u32>]) -> Result<(), KernelError> {
         expect_shape("out", (out.len(), x.cols()), (x.rows(), x.cols()))?;
         for (r, out) in out.iter_mut().enumerate() {
-            let mut best = None;
-            for (i, &v) in row(&x, r).iter().enumerate() {
-                match best {
-                    _ if v.is_nan() => {
-                        best = None;
-                        break;
-                    }
-                    Some((_, max)) if v <= max => {}
-                    _ => best = Some((i as u32, v)),
-                }
-            }
-            *out = best.map(|(i, _)| i);
+            *out = first_largest(row(&x, r));
         }
         Ok(())
     }
+}
+
+/// Index of the largest element, the first of equals; `None` where there is a NaN.
+pub(crate) fn first_largest(row: &[f32]) -> Option<u32> {
+    let mut best = None;
+    for (i, &v) in row.iter().enumerate() {
+        match best {
+            _ if v.is_nan() => return None,
+            Some((_, max)) if v <= max => {}
+            _ => best = Some((i as u32, v)),
+        }
+    }
+    best.map(|(i, _)| i)
 }

@@ -110,6 +110,19 @@ pub(super) struct Images {
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
+/// The value, made by `make` if there is none yet.
+pub(super) fn get_or_load<V>(
+    cell: &OnceLock<V>,
+    make: impl FnOnce() -> Result<V, KernelError>,
+) -> Result<&V, KernelError> {
+    if let Some(value) = cell.get() {
+        return Ok(value);
+    }
+    let value = make()?;
+    // Another thread may have been first; its value is as good.
+    Ok(cell.get_or_init(|| value))
+}
+
 /// What panicked with the lock changed nothing by halves.
 fn lock<V>(mutex: &Mutex<V>) -> MutexGuard<'_, V> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -41,13 +41,9 @@ pub(super) use functions::Operations;
 use super::{CudaDevice, CudaRef, Element};
 use crate::{
     AttentionShape, Backend, DenseWeight, KernelError, KvShape, Linear, LinearKernel, MatMut, MatRef,
-    StepPlan, Workspace, matrix::expect_shape,
+    StepPlan, Workspace,
+    matrix::{expect_below, expect_shape},
 };
-
-/// Fails unless `got` is below `limit`.
-fn expect_below(what: &'static str, got: usize, limit: usize) -> Result<(), KernelError> {
-    if got < limit { Ok(()) } else { Err(KernelError::Argument { what, got, limit }) }
-}
 
 impl<T: Element> Backend for CudaDevice<T> {
     type Embedding = CudaEmbedding;

@@ -27,10 +27,13 @@ pub use step::SingleStep;
 use super::{
     CudaDevice, CudaRef, CudaRope,
     driver::{Function, Launch},
+    module::get_or_load,
 };
 use crate::{
     AttentionShape, Backend, DenseWeight, Device, KernelError, KvShape, LinearKernel, MatMut, MatRef,
     StepPlan, Workspace,
+    cpu::ops::first_largest,
+    matrix::{expect_below, expect_shape},
 };
 
 /// Name of the image.
@@ -53,19 +56,6 @@ struct RowKernels {
     silu_mul: Function,
     gather: Function,
     rope_append: Function,
-}
-
-/// The value, made by `make` if there is none yet.
-fn get_or_load<V>(
-    cell: &OnceLock<V>,
-    make: impl FnOnce() -> Result<V, KernelError>,
-) -> Result<&V, KernelError> {
-    if let Some(value) = cell.get() {
-        return Ok(value);
-    }
-    let value = make()?;
-    // Another thread may have been first; its value is as good.
-    Ok(cell.get_or_init(|| value))
 }
 
 impl CudaDevice<f32> {
@@ -94,11 +84,6 @@ fn launch((x, y): (usize, usize), threads: u32, shared: usize) -> Result<Launch,
     };
     let grid = (extent(x, i32::MAX as usize)?, extent(y, MOST_BLOCKS)?);
     Ok(Launch { grid, threads, shared, cluster: 1, programmatic: false })
-}
-
-/// Fails unless `got` is below `limit`.
-fn expect_below(what: &'static str, got: usize, limit: usize) -> Result<(), KernelError> {
-    if got < limit { Ok(()) } else { Err(KernelError::Argument { what, got, limit }) }
 }
 
 impl Backend for CudaDevice<f32> {
@@ -261,22 +246,13 @@ impl Backend for CudaDevice<f32> {
 
     fn argmax(&self, x: MatRef<'_, Self>, out: &mut [Option<u32>]) -> Result<(), KernelError> {
         let (rows, cols) = (x.rows(), x.cols());
-        crate::matrix::expect_shape("out", (out.len(), cols), (rows, cols))?;
+        expect_shape("out", (out.len(), cols), (rows, cols))?;
         let logits = self.host_rows(x)?;
         for (r, out) in out.iter_mut().enumerate() {
             *out = first_largest(&logits[r * cols..][..cols]);
         }
         Ok(())
     }
-}
-
-/// Index of the largest element, the first of equals; `None` where there is a NaN.
-fn first_largest(row: &[f32]) -> Option<u32> {
-    if row.iter().any(|value| value.is_nan()) {
-        return None;
-    }
-    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    row.iter().position(|&value| value == largest).map(|index| index as u32)
 }
 
 impl CudaDevice<f32> {

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Instant};
 
-use gptq_kernels::{DenseType, Selector, quantize::QuantizeBackend};
+use gptq_kernels::quantize::QuantizeBackend;
 use ndarray::Array2;
 
 use super::{
@@ -15,15 +15,12 @@ use super::{
     quantizers::Quantizers,
     room::{self, with_room},
     solve::Moments,
-    state::{PARTS, Run, SHARE_OF_CALIBRATION},
+    state::{PARTS, Run, SHARE_OF_CALIBRATION, preparation},
     store::Store,
 };
 use crate::{
-    Layer, LlamaConfig, LlamaError, Module, Precision, QuantizePhase, TokenRows, Watch, WeightSource,
-    model::load_norm,
-    names,
-    progress::Reporter,
-    projections::{Preparation, Projections},
+    Layer, LlamaConfig, LlamaError, Module, QuantizePhase, TokenRows, Watch, WeightSource, model::load_norm,
+    names, progress::Reporter, projections::Projections,
 };
 
 pub(super) fn quantize<D: QuantizeBackend>(
@@ -47,15 +44,7 @@ pub(super) fn quantize<D: QuantizeBackend>(
     };
     let reporter = Reporter::new(watch, config.layers, plan.quantizes_lm_head(), PARTS);
     let kernels = device.kernels();
-    // Activations in half precision are what a GPU has; where there is more, weights are all that is measured.
-    let precision = if D::ELEMENT == DenseType::F32 { Precision::Float32 } else { Precision::Fast };
-    let preparation = Preparation {
-        kernels: &kernels,
-        kernel: None,
-        precision,
-        in_order: false,
-        selector: Selector::new(),
-    };
+    let preparation = preparation::<D>(&kernels);
     let quantizers = Quantizers::new(device, &plan, config)?;
     let mut run = Run {
         device,

@@ -1,18 +1,25 @@
 //! What the walk through the decoder and the solution of its layers share.
 
-use gptq_kernels::quantize::QuantizeBackend;
+use gptq_kernels::{DenseType, LinearKernel, Selector, quantize::QuantizeBackend};
 
 use super::{
     LayerSummary, QuantizeOptions, RowsMoved, RunTimes, calibrate::Stream, layer::Stage, plan::Plan,
     quantizers::Quantizers, store::Store,
 };
-use crate::{LlamaConfig, WeightSource, progress::Reporter, projections::Preparation};
+use crate::{LlamaConfig, Precision, WeightSource, progress::Reporter, projections::Preparation};
 
 /// Share of a stage's time that is forward pass and Hessian, for the estimate of the time left.
 pub(super) const SHARE_OF_CALIBRATION: f64 = 0.8;
 
 /// Parts of equal weight in the estimate of a layer's time: the stages, and the way to the next layer.
 pub(super) const PARTS: usize = Stage::ALL.len() + 1;
+
+/// How layers are prepared that calibration rows pass.
+pub(super) fn preparation<D: QuantizeBackend>(kernels: &[Box<dyn LinearKernel<D>>]) -> Preparation<'_, D> {
+    // Activations in half precision are what a GPU has; where there is more, weights are all that is measured.
+    let precision = if D::ELEMENT == DenseType::F32 { Precision::Float32 } else { Precision::Fast };
+    Preparation { kernels, kernel: None, precision, in_order: false, selector: Selector::new() }
+}
 
 /// What stays the same from layer to layer.
 pub(super) struct Run<'r, 'w, 'a, D: QuantizeBackend> {

@@ -1,22 +1,18 @@
 //! Runs rows through a model and hands out what its linear layers see.
 
-use gptq_kernels::{DenseType, Fusion, MatRef, Selector, quantize::QuantizeBackend};
+use gptq_kernels::{Fusion, MatRef, quantize::QuantizeBackend};
 use ndarray::Array2;
 
 use super::{
     activations::{Budget, element_bytes},
     calibrate::Calibration,
     layer::{Decoder, Stage},
+    state::{PARTS, SHARE_OF_CALIBRATION, preparation},
 };
 use crate::{
-    Layer, LlamaConfig, LlamaError, Module, Precision, QuantizePhase, TokenRows, Watch, WeightSource,
-    model::load_norm, names, progress::Reporter, projections::Preparation, weights::read_linear,
+    Layer, LlamaConfig, LlamaError, Module, QuantizePhase, TokenRows, Watch, WeightSource, model::load_norm,
+    names, progress::Reporter, projections::Preparation, weights::read_linear,
 };
-
-/// Parts of equal weight in the estimate of a layer's time: the stages, and the way to the next layer.
-const PARTS: usize = Stage::ALL.len() + 1;
-/// Share of a stage's time that is forward pass, for the estimate of the time left.
-const SHARE_OF_FORWARD: f64 = 0.8;
 
 /// Rows on their way through one or two models, decoder layer by decoder layer.
 pub(super) struct Walk<'a, D: QuantizeBackend> {
@@ -60,15 +56,7 @@ impl<D: QuantizeBackend> Walk<'_, D> {
             false => (0..self.config.layers).rev().find(wanted).map_or(0, |last| last + 1),
         };
         let kernels = self.device.kernels();
-        // As when quantising: activations in half precision are what a GPU has.
-        let precision = if D::ELEMENT == DenseType::F32 { Precision::Float32 } else { Precision::Fast };
-        let preparation = Preparation {
-            kernels: &kernels,
-            kernel: None,
-            precision,
-            in_order: false,
-            selector: Selector::new(),
-        };
+        let preparation = preparation::<D>(&kernels);
         let budget =
             Budget { bytes: self.activation_bytes, device: None, spill: None, element: element_bytes::<D>() };
         let streams = 1 + usize::from(self.reference.is_some());
@@ -103,11 +91,11 @@ impl<D: QuantizeBackend> Walk<'_, D> {
                         }
                     }
                     let share = (row + 1) as f64 / calibration.rows() as f64;
-                    let done = stage as usize as f64 + SHARE_OF_FORWARD * share;
+                    let done = stage as usize as f64 + SHARE_OF_CALIBRATION * share;
                     reporter.tell((layer, done), stage.modules(), phase)?;
                 }
                 if wanted {
-                    let done = stage as usize as f64 + SHARE_OF_FORWARD;
+                    let done = stage as usize as f64 + SHARE_OF_CALIBRATION;
                     reporter.tell((layer, done), stage.modules(), QuantizePhase::Solving)?;
                     visitor.finish(&members)?;
                 }

@@ -4,7 +4,7 @@ use super::{
     bytes,
     step::{CpuStep, PAGE_LEN, PageWrite},
 };
-use crate::{AttentionShape, KernelError, KvFormat, KvShape};
+use crate::{AttentionShape, KernelError, KvFormat, KvShape, matrix::expect_below};
 
 /// Lanes that a row of values is padded to.
 pub(super) const LANES: usize = 16;
@@ -220,21 +220,8 @@ impl CpuKvStore {
         shape: AttentionShape,
         step: &CpuStep,
     ) -> Result<(), KernelError> {
-        let pages = self.shape.pages;
-        let argument = |what, got, limit| Err(KernelError::Argument { what, got, limit });
-        if layer >= self.shape.layers {
-            return argument("layer", layer, self.shape.layers);
-        }
-        if shape.kv_heads != self.shape.kv_heads {
-            return argument("kv_heads", shape.kv_heads, self.shape.kv_heads + 1);
-        }
-        if shape.head_dim != self.shape.head_dim {
-            return argument("head_dim", shape.head_dim, self.shape.head_dim + 1);
-        }
-        if let Some(&page) = step.pages.iter().find(|&&page| page as usize >= pages) {
-            return argument("page", page as usize, pages);
-        }
-        Ok(())
+        self.shape.expect(layer, shape)?;
+        step.pages.iter().try_for_each(|&page| expect_below("page", page as usize, self.shape.pages))
     }
 
     /// Writes the keys and values of `qkv` (rows of `stride` elements) to their pages. The arguments have been checked.

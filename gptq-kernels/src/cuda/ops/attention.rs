@@ -104,7 +104,7 @@ fn decoding<T: Element>(
         format,
         chunks: chunks(step, shape),
         multiprocessors: device.multiprocessors() as usize,
-        memory: device.decode_memory(),
+        memory: device.block_memory(),
         clusters: device.hopper(),
     };
     decoding.split()

@@ -6,6 +6,7 @@ use crate::{
     cuda::{
         CudaDevice, Element,
         driver::{Function, Launch},
+        module::get_or_load,
         pinned::Readback,
     },
 };
@@ -52,19 +53,6 @@ pub(super) struct AttentionKernels {
     pub(super) append_bytes: Option<Function>,
 }
 
-/// The value, made by `make` if there is none yet.
-fn get_or_load<V>(
-    cell: &OnceLock<V>,
-    make: impl FnOnce() -> Result<V, KernelError>,
-) -> Result<&V, KernelError> {
-    if let Some(value) = cell.get() {
-        return Ok(value);
-    }
-    let value = make()?;
-    // Another thread may have been first; its value is as good.
-    Ok(cell.get_or_init(|| value))
-}
-
 impl<T: Element> CudaDevice<T> {
     pub(super) fn hopper(&self) -> bool {
         self.compute_capability() >= (9, 0)
@@ -80,7 +68,7 @@ impl<T: Element> CudaDevice<T> {
         get_or_load(&self.operations().rows, || {
             let image = self.image(&format!("ops-{}", T::NAME))?;
             let load = |entry| self.images().function(&image, entry, 0);
-            let load_for_rows = |entry| self.images().function(&image, entry, self.row_memory());
+            let load_for_rows = |entry| self.images().function(&image, entry, self.block_memory());
             Ok(RowKernels {
                 embed: load("embed")?,
                 rms_norm: load("rms_norm")?,
@@ -140,7 +128,7 @@ impl<T: Element> CudaDevice<T> {
                 prefill_shared,
                 stages: stages as u32,
                 decode: decodes
-                    .then(|| load(&decode, "attention_decode", self.decode_memory()))
+                    .then(|| load(&decode, "attention_decode", self.block_memory()))
                     .transpose()?,
                 append_bytes: match format {
                     KvFormat::Activations => None,
@@ -150,13 +138,9 @@ impl<T: Element> CudaDevice<T> {
         })
     }
 
-    /// Shared memory for a row that changes its order, besides the little that such a block has of its own.
-    pub(super) fn row_memory(&self) -> usize {
-        self.shared_memory().saturating_sub(256)
-    }
-
-    /// Shared memory that a block of the decoding kernel can have besides the little of its own.
-    pub(super) fn decode_memory(&self) -> usize {
+    /// Shared memory that a block can have besides the little of its own: of the decoding kernel, or for a row that changes its
+    /// order.
+    pub(super) fn block_memory(&self) -> usize {
         self.shared_memory().saturating_sub(256)
     }
 

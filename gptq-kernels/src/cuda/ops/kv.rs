@@ -133,16 +133,8 @@ impl<T: Element> CudaKvStore<T> {
 
     /// Fails unless the store has this layer, heads of this shape, and all pages below `pages`.
     pub(super) fn check(&self, layer: usize, shape: AttentionShape, pages: usize) -> Result<(), KernelError> {
-        expect_below("layer", layer, self.shape.layers)?;
-        let equal = |what, got: usize, want: usize| {
-            if got == want { Ok(()) } else { Err(KernelError::Argument { what, got, limit: want + 1 }) }
-        };
-        equal("kv_heads", shape.kv_heads, self.shape.kv_heads)?;
-        equal("head_dim", shape.head_dim, self.shape.head_dim)?;
-        match pages.checked_sub(1) {
-            Some(last) => expect_below("page", last, self.shape.pages),
-            None => Ok(()),
-        }
+        self.shape.expect(layer, shape)?;
+        self.shape.expect_pages(pages)
     }
 
     pub(super) fn format(&self) -> KvFormat {

@@ -17,7 +17,7 @@ pub struct CudaOrder {
 impl CudaOrder {
     pub(super) fn new<T: Element>(device: &CudaDevice<T>, order: &[u32]) -> Result<Self, KernelError> {
         // A row passes through shared memory.
-        super::expect_below("columns of an order", order.len(), device.row_memory() / size_of::<T>())?;
+        super::expect_below("columns of an order", order.len(), device.block_memory() / size_of::<T>())?;
         let places = inverse_order(order)?;
         let stream = device.stream();
         // Threads read eight at a time.

@@ -81,20 +81,12 @@ impl SingleKvStore {
         qkv: (usize, usize),
     ) -> Result<(), KernelError> {
         expect_shape("qkv", qkv, (step.rows(), shape.qkv_features()))?;
-        expect_below("layer", layer, self.shape.layers)?;
-        let equal = |what, got: usize, want: usize| {
-            if got == want { Ok(()) } else { Err(KernelError::Argument { what, got, limit: want + 1 }) }
-        };
-        equal("kv_heads", shape.kv_heads, self.shape.kv_heads)?;
-        equal("head_dim", shape.head_dim, self.shape.head_dim)?;
+        self.shape.expect(layer, shape)?;
         if shape.kv_heads == 0 || shape.heads == 0 || !shape.heads.is_multiple_of(shape.kv_heads) {
             let (got, limit) = (shape.kv_heads, shape.heads + 1);
             return Err(KernelError::Argument { what: "kv_heads", got, limit });
         }
-        match step.pages_end().checked_sub(1) {
-            Some(last) => expect_below("page", last, self.shape.pages),
-            None => Ok(()),
-        }
+        self.shape.expect_pages(step.pages_end())
     }
 }
 
