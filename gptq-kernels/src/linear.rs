@@ -202,7 +202,7 @@ pub trait LinearKernel<D: Device>: Send + Sync {
     /// [`prepare_fused`](Self::prepare_fused) for a caller who can have `x` written in any order: the result says by
     /// [`Linear::input_order`] in which order it wants the columns of `x`, and runs as fast as a layer that is not
     /// act-ordered. Bringing `x` into order within the layer costs a tenth to a quarter of its time on a GPU; where
-    /// `x` is written, an order costs nothing ([`Backend::order`](crate::Backend::order)), and nothing at all if `x` comes out of another
+    /// `x` is written, an order costs little ([`Backend::order`](crate::Backend::order)), and nothing at all if `x` comes out of another
     /// linear layer, whose outputs are permuted once ([`PackedLinear::with_output_order`]).
     ///
     /// The default sorts the input features by group ([`PackedLinear::group_order`]). A layer that is not act-ordered, that
