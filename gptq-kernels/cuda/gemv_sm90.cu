@@ -46,39 +46,6 @@ DEVICE void bulk_copy_elected(u32 to_shared, const void* from_global, u32 bytes,
         "}" ::"r"(to_shared), "l"(from_global), "r"(bytes), "r"(barrier) : "memory");
 }
 
-// Codes become halves that are `code - zero` times 1 / UNIT, exactly, in two instructions each. The lower code of a byte as in
-// `unit.cuh`. The upper one stands there as a very small number already, the two lowest exponents being one linear range: code *
-// 2^-20 of fp16, code * 2^-129 of bfloat16, which has no other bits for it and would have to be shifted otherwise. UNIT is what
-// the largest factor leaves of that.
-template <class Half>
-struct Codes;
-
-template <u32 MAGIC, u32 LOW_FACTOR, u32 LOW_ZERO, u32 MAGIC_PART, u32 HIGH_FACTOR, class Half>
-struct CodesOf {
-    static DEVICE Zero zero(u32 z) {
-        const u32 low = LOW_ZERO + z * 0x00010001u;
-        return {low, Half::add2(low, MAGIC_PART)};
-    }
-
-    // The codes in the lowest byte of each half of `codes`, of features r and r + 8.
-    static DEVICE void expand(u32& a, u32& b, u32 codes, const Zero (&z)[2]) {
-        a = Half::fma2(and_or<0x000F000Fu, MAGIC>(codes), LOW_FACTOR, z[0].low);
-        b = Half::fma2(codes & 0x00F000F0u, HIGH_FACTOR, z[1].high);
-    }
-};
-
-// (1024 + code) / 32 - (1024 + zero) / 32, and code * 2^-20 * 2^15 - zero / 32.
-template <>
-struct Codes<Fp16> : CodesOf<0x64006400u, 0x28002800u, 0xD000D000u, 0x50005000u, 0x78007800u, Fp16> {
-    static constexpr float UNIT = 32.0f;
-};
-
-// (128 + code) / 4 - (128 + zero) / 4, and code * 2^-129 * 2^127 - zero / 4.
-template <>
-struct Codes<Bf16> : CodesOf<0x43004300u, 0x3E803E80u, 0xC200C200u, 0x42004200u, 0x7F007F00u, Bf16> {
-    static constexpr float UNIT = 4.0f;
-};
-
 DEVICE void mbarrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 
 // A lane's places in a unit.
@@ -86,7 +53,7 @@ template <u32 GROUPS>
 struct Places {
     u32 codes, scales, zeros;
     DEVICE explicit Places(u32 lane)
-        : codes((lane ^ lane / 8) * 16), scales(2048 + lane / 4 * 8), zeros(2048 + GROUPS * 64 + lane / 4 * 4) {}
+        : codes((lane ^ lane / 8) * 16), scales(2048 + lane / 4 * 8), zeros(2048 + GROUPS * 64 + lane / 4 * (4 * zero_bytes(GROUPS))) {}
 };
 
 // What a lane has of a unit.
@@ -94,7 +61,7 @@ template <u32 GROUPS, bool ASYM>
 struct Unit {
     uint4 codes[4]; // of the four fragments
     uint2 scales[GROUPS];
-    u32 zeros[ASYM ? GROUPS : 1];
+    u32 zeros[ASYM ? GROUPS : 1][2]; // bytes, or halves of words if a zero has two bytes
 
     DEVICE Unit(u32 unit, const Places<GROUPS>& places) {
 #pragma unroll
@@ -102,9 +69,11 @@ struct Unit {
 #pragma unroll
         for (u32 group = 0; group < GROUPS; ++group) {
             scales[group] = load_shared_8(unit + places.scales + group * 64);
-            if (ASYM) zeros[group] = load_shared_4(unit + places.zeros + group * 32);
+            if (ASYM && zero_bytes(GROUPS) == 2) {
+                const uint2 pair = load_shared_8(unit + places.zeros);
+                zeros[group][0] = pair.x, zeros[group][1] = pair.y;
+            } else if (ASYM) zeros[group][0] = load_shared_4(unit + places.zeros + group * 32);
         }
-        if (!ASYM) zeros[0] = 0x08080808u;
     }
 };
 
@@ -123,11 +92,13 @@ DEVICE void multiply_unit(float (&acc)[2][4], const Unit<GROUPS, ASYM>& unit, u3
         for (u32 s = 0; s < 4; ++s) {
             const u32 step = f * 4 + s, group = step / STEPS;
             if (step % STEPS == 0) {
-                const u32 z = unit.zeros[ASYM ? group : 0];
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
 #pragma unroll
-                    for (u32 u = 0; u < 2; ++u) zero[h][u] = Codes<Half>::zero((z >> (h * 16 + u * 8)) & 0xFF);
+                    for (u32 u = 0; u < 2; ++u) {
+                        const u32 byte = (h * 2 + u) * zero_bytes(GROUPS);
+                        zero[h][u] = Codes<Half>::template zero<ASYM>(ASYM ? unit.zeros[group][byte / 4] : 0, byte % 4);
+                    }
                     for (u32 e = 0; e < 4; ++e) sum[h][e] = 0.0f;
                 }
             }

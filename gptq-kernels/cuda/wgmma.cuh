@@ -4,16 +4,24 @@
 
 // Codes as operand A of `wgmma`.
 template <class Half>
-struct Expander : Dequantizer<Half> {};
+struct Expander : Codes<Half> {};
 
-// Without a shift, which the pipe that is the limit would do: the upper code in a pair of fp16 from 1024 + 16 code to 1024 + code,
-// whose bits are 2^66 (128 + code) in bfloat16. All of it is exact.
+// In units of one, which takes fewer registers and leaves room for scales: from 1024 + code in the lowest bits of a mantissa, or
+// 1024 + 16 code in the next.
 template <>
-struct Expander<Bf16> : Dequantizer<Bf16> {
+struct Expander<Fp16> {
+    static constexpr float UNIT = 1.0f;
+
+    template <bool ASYM>
+    static DEVICE Zero zero(u32 zeros, u32 which) {
+        if (!ASYM) return {0xE408E408u, 0xD480D480u};
+        const u32 low = __byte_perm(zeros, 0xE4, 0x4040 + which * 0x0101);
+        return {low, Fp16::add2(low, 0x63806380u)};
+    }
+
     static DEVICE void expand(u32& a, u32& b, u32 codes, const Zero (&z)[2]) {
-        const u32 upper = Fp16::fma2(and_or<0x00F000F0u, 0x64006400u>(codes), 0x2C002C00u, 0x63806380u);
-        a = Bf16::add2(and_or<0x000F000Fu, 0x43004300u>(codes), z[0].low);
-        b = Bf16::fma2(upper, 0x1E801E80u, z[1].low);
+        a = Fp16::add2(and_or<0x000F000Fu, 0x64006400u>(codes), z[0].low);
+        b = Fp16::fma2(and_or<0x00F000F0u, 0x64006400u>(codes), 0x2C002C00u, z[1].high);
     }
 };
 

@@ -101,7 +101,7 @@ DEVICE void finish_tile(const WgmmaArgs& args, u32 stage, u32 feature, u32 token
         }
         named_barrier(name, 128);
     }
-    const float factor = args.sum_factor;
+    const float factor = args.sum_factor * Expander<Half>::UNIT;
     const u32 lower = feature + warp * 16 + lane / 4, upper = lower + 8;
     const float low_bias = args.bias != nullptr && lower < args.n ? Fp16::to_float(args.bias[lower]) : 0.0f;
     const float high_bias = args.bias != nullptr && upper < args.n ? Fp16::to_float(args.bias[upper]) : 0.0f;
@@ -276,21 +276,24 @@ DEVICE void wgmma_many(const TensorMap& x, const WgmmaArgs& args) {
     const u32 half = warp % 2, own = X_BYTES + (warp / 4 * 2 + warp % 4 / 2) * UNIT;
     const u32 slot = (lane % 8 * 4 + (lane / 8 ^ lane % 8 / 2)) * 16;
     const u32 own_codes = opaque(own + half * 1024 + slot), own_scales = opaque(own + 2048 + lane / 4 * 8 + half * 4);
-    const u32 own_zeros = ASYM ? opaque(own + 2048 + GROUPS * 64 + lane / 4 * 4 + half * 2) : 0;
+    constexpr u32 ZERO = zero_bytes(GROUPS);
+    const u32 own_zeros = ZERO == 2 ? own_scales + 64 : opaque(own + 2048 + GROUPS * 64 + lane / 4 * 4 + half * 2);
     float acc[R];
     u32 a[2][BATCH][4];
     uint4 codes;
     Scale<Half> scale[2];
+    Zero zero[2];
     // Batch `j` of the unit in the stage at `at`.
     auto expand = [&](u32 at, u32 j, u32 (&out)[BATCH][4]) {
         const u32 group = j / PER_GROUP;
         if (BATCH == 4 || j % 2 == 0) codes = load_matrices(at + own_codes + j * BATCH / 4 * 512);
-        const u32 z = ASYM ? load_shared_2(at + own_zeros + group * 32) : 0x0808;
         if (j % PER_GROUP == 0) {
+            const u32 at_zeros = at + own_zeros + group * 32;
+            const u32 z = !ASYM ? 0 : ZERO == 2 ? load_shared_4(at_zeros) : load_shared_2(at_zeros);
+            zero[0] = Expander<Half>::template zero<ASYM>(z, 0), zero[1] = Expander<Half>::template zero<ASYM>(z, ZERO);
             const u32 packed = load_shared_4(at + own_scales + group * 64);
             scale[0] = Scale<Half>(packed & 0xFFFF, args.scale_factor), scale[1] = Scale<Half>(packed >> 16, args.scale_factor);
         }
-        const Zero zero[2] = {Expander<Half>::zero(z & 0xFF), Expander<Half>::zero(z >> 8)};
 #pragma unroll
         for (u32 s = 0; s < BATCH; ++s) {
             const u32 step = (j * BATCH + s) % 4, by = step / 2 * 8;

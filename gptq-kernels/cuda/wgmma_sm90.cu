@@ -21,10 +21,13 @@
 constexpr u32 AHEAD = 2;
 
 // Pieces of a result: 16 features of the units from `feature` on, 8 tokens from `token` on. Lane l = 4 r + t has features r
-// and r + 8, tokens 2 t and 2 t + 1: `v` is (r, 2 t), (r, 2 t + 1), (r + 8, 2 t), (r + 8, 2 t + 1). Several at a time, so that
+// and r + 8, tokens 2 t and 2 t + 1: `v` is (r, 2 t), (r, 2 t + 1), (r + 8, 2 t), (r + 8, 2 t + 1), in units of UNIT. Several at a time, so that
 // their latencies overlap.
 template <class Half, u32 COUNT>
 DEVICE void finish(const WgmmaArgs& args, const u32 (&feature)[COUNT], const u32 (&token)[COUNT], float (&v)[COUNT][4], u32 lane) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i)
+        for (u32 e = 0; e < 4; ++e) v[i][e] *= Expander<Half>::UNIT;
     if (args.bias != nullptr) {
 #pragma unroll
         for (u32 i = 0; i < COUNT; ++i) {
@@ -172,16 +175,21 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
     const u32 half = warp % 2, own = X_BYTES + (warp / 4 * HALVES * 2 + warp % 4 / 2) * UNIT;
     const u32 slot = (lane % 8 * 4 + (lane / 8 ^ lane % 8 / 2)) * 16;
     const u32 own_codes = opaque(own + half * 1024 + slot), own_scales = opaque(own + 2048 + lane / 4 * 8 + half * 4);
-    const u32 own_zeros = ASYM ? opaque(own + 2048 + GROUPS * 64 + lane / 4 * 4 + half * 2) : 0;
+    constexpr u32 ZERO = zero_bytes(GROUPS);
+    const u32 own_zeros = ZERO == 2 ? own_scales + 64 : opaque(own + 2048 + GROUPS * 64 + lane / 4 * 4 + half * 2);
     float acc[HALVES][R], sum[SUMS][R], scale[2];
     u32 a[2][BATCH][4];
     uint4 codes;
+    Zero zero[2];
     // Batch `j` of the unit of feature half `h` in the stage at `at`.
     auto expand = [&](u32 at, u32 h, u32 j, u32 (&out)[BATCH][4]) {
         const u32 group = j / PER_GROUP;
         if (BATCH == 4 || j % 2 == 0) codes = load_matrices(at + own_codes + h * 2 * UNIT + j * BATCH / 4 * 512);
-        const u32 z = ASYM ? load_shared_2(at + own_zeros + h * 2 * UNIT + group * 32) : 0x0808;
-        const Zero zero[2] = {Expander<Half>::zero(z & 0xFF), Expander<Half>::zero(z >> 8)};
+        if (j % PER_GROUP == 0) {
+            const u32 at_zeros = at + own_zeros + h * 2 * UNIT + group * 32;
+            const u32 z = !ASYM ? 0 : ZERO == 2 ? load_shared_4(at_zeros) : load_shared_2(at_zeros);
+            zero[0] = Expander<Half>::template zero<ASYM>(z, 0), zero[1] = Expander<Half>::template zero<ASYM>(z, ZERO);
+        }
 #pragma unroll
         for (u32 s = 0; s < BATCH; ++s) {
             const u32 step = (j * BATCH + s) % 4, by = step / 2 * 8;

@@ -7,6 +7,9 @@ use cudarc::nvrtc::{self, CompileOptions};
 use lzma_rust2::{LzmaOptions, LzmaWriter};
 use sha2::{Digest, Sha256};
 
+#[path = "../src/cuda/registers.rs"]
+mod registers;
+
 /// Images of one source. They have a folder and a manifest of their own.
 struct Family {
     /// Name of the folder.
@@ -154,6 +157,30 @@ fn collect_includes(cuda: &Path, file: &str, files: &mut BTreeSet<String>) -> Re
     Ok(())
 }
 
+/// The archive of `images`, names and PTX.
+fn pack(images: &[(String, String)], relative: bool) -> Result<Vec<u8>, Box<dyn Error>> {
+    // Text has no positions modulo four, and long repeats are what there is to find: 4 % less than the preset.
+    let preset = LzmaOptions::with_preset(9);
+    let options = LzmaOptions { dict_size: 8 << 20, pb: 0, nice_len: 273, depth_limit: 1000, ..preset };
+    let mut archive = LzmaWriter::new_use_header(Vec::new(), &options, None)?;
+    for (name, ptx) in images {
+        if relative {
+            let text = registers::relative(ptx).ok_or_else(|| format!("{name}: registers beyond 32 bits"))?;
+            if registers::absolute(&text).as_ref() != Some(ptx) {
+                return Err(
+                    format!("{name}: PTX has something else than registers behind a per cent sign").into()
+                );
+            }
+            writeln!(archive, "{name} {} relative", text.len())?;
+            archive.write_all(text.as_bytes())?;
+        } else {
+            writeln!(archive, "{name} {}", ptx.len())?;
+            archive.write_all(ptx.as_bytes())?;
+        }
+    }
+    Ok(archive.finish()?)
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let cuda = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
     let (mut major, mut minor) = (0, 0);
@@ -181,10 +208,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         for name in sources {
             manifest += &format!("{}  {name}\n", hash(&fs::read(cuda.join(&name))?));
         }
-        // Text has no positions modulo four, and long repeats are what there is to find: 4 % less than the preset.
-        let preset = LzmaOptions::with_preset(9);
-        let options = LzmaOptions { dict_size: 8 << 20, pb: 0, nice_len: 273, depth_limit: 1000, ..preset };
-        let mut archive = LzmaWriter::new_use_header(Vec::new(), &options, None)?;
+        let mut images = Vec::new();
         for (name, mut macros) in family.images {
             let arch = format!("--gpu-architecture={}", family.arch);
             macros.extend(["--std=c++17".into(), "-default-device".into(), arch]);
@@ -195,11 +219,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             };
             let ptx = nvrtc::compile_ptx_with_opts(fs::read_to_string(cuda.join(family.source))?, options)
                 .map_err(|error| format!("{name}: {error:#?}"))?;
-            let ptx = strip(&ptx.to_src());
-            writeln!(archive, "{name} {}", ptx.len())?;
-            archive.write_all(ptx.as_bytes())?;
+            images.push((name, strip(&ptx.to_src())));
         }
-        let packed = archive.finish()?;
+        // Which is smaller depends on how alike the images of a family are.
+        let packed = pack(&images, false)?;
+        let packed = [pack(&images, true)?, packed].into_iter().min_by_key(Vec::len).unwrap_or_default();
         let file = format!("ptx/{}/images.lzma", family.name);
         fs::write(cuda.join(&file), &packed)?;
         manifest += &format!("{}  {file}\n", hash(&packed));

@@ -59,6 +59,7 @@ mod pinned;
 mod plain;
 #[cfg(feature = "quantize")]
 mod quantize;
+mod registers;
 mod repack;
 mod single;
 mod spread;

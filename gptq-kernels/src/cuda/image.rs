@@ -5,11 +5,14 @@
 //! the same with other types, and a manifest that holds the SHA-256 of every source file and of the archive. The tests of
 //! this module fail if either is stale or an entry point is missing.
 //!
-//! An archive is a sequence of images: name, space, length in bytes, line feed, PTX.
+//! An archive is a sequence of images: name, space, length in bytes, line feed, PTX. After ` relative` behind the length, the
+//! PTX has its registers numbered as [`registers`] says.
 
 use std::io::{BufRead, BufReader, Read};
 
 use lzma_rust2::LzmaReader;
+
+use super::registers;
 
 /// One PTX image.
 #[derive(Debug)]
@@ -38,12 +41,18 @@ impl Image {
         loop {
             let mut header = String::new();
             archive.read_line(&mut header).ok()?;
-            let (name, len) = header.trim_end().split_once(' ')?;
-            let len = len.parse().ok().filter(|&len| len <= MOST_BYTES)?;
-            let mut ptx = vec![0; len];
-            archive.read_exact(&mut ptx).ok()?;
+            let mut words = header.split_whitespace();
+            let name = words.next()?;
+            let len = words.next()?.parse().ok().filter(|&len| len <= MOST_BYTES)?;
+            let mut text = vec![0; len];
+            archive.read_exact(&mut text).ok()?;
             if name == self.name {
-                return String::from_utf8(ptx).ok();
+                let text = String::from_utf8(text).ok()?;
+                return match words.next() {
+                    None => Some(text),
+                    Some("relative") => registers::absolute(&text),
+                    Some(_) => None,
+                };
             }
         }
     }

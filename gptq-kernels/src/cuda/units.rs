@@ -55,9 +55,14 @@ pub(super) fn check_grouping(
     Ok(())
 }
 
+/// Bytes of a zero in a unit with that many groups (`cuda/unit.cuh`).
+const fn zero_bytes(groups: usize) -> usize {
+    if groups == 1 { 2 } else { 1 }
+}
+
 /// Bytes of a unit with that many groups.
 pub(super) const fn unit_bytes(groups: usize, asym: bool) -> usize {
-    CODES + groups * STRIPE * if asym { 3 } else { 2 }
+    CODES + groups * STRIPE * if asym { 2 + zero_bytes(groups) } else { 2 }
 }
 
 /// The order in which units hold the input features: sorted by group, every group padded to a multiple of `run`.
@@ -193,7 +198,7 @@ impl Units {
                     if let Some(feature) = feature(row) {
                         scale.copy_from_slice(&weight.scales()[group * outputs + feature].to_le_bytes());
                         if asym {
-                            zero_points[i] = zeros[group * outputs + feature];
+                            zero_points[i * zero_bytes(groups)] = zeros[group * outputs + feature];
                         }
                     }
                 }
@@ -464,5 +469,29 @@ mod tests {
         // Its group is the first of the unit; its scale and zero are the first of the group.
         assert_eq!(last[CODES..CODES + 2], packed.scales()[4 * outputs + 32].to_le_bytes());
         assert_eq!(last[CODES + 4 * STRIPE * 2], zeros[32 * groups + 4]);
+    }
+
+    #[test]
+    fn zeros_of_a_unit_with_one_group_are_words_of_two_bytes() {
+        let (inputs, outputs) = (128, 32);
+        let zeros: Vec<u8> = (0..outputs).map(|i| (i % 16) as u8).collect();
+        let packed = PackedLinear::pack(&CodesRef {
+            bits: Bits::B4,
+            group_size: inputs,
+            in_features: inputs,
+            out_features: outputs,
+            codes: &vec![0; inputs * outputs],
+            zeros: &zeros,
+            scales: &vec![1.0; outputs],
+            g_idx: &vec![0; inputs],
+            bias: None,
+        })
+        .unwrap();
+        let units = Units::pack(&packed, Epilogue::Store);
+        let got =
+            units.bytes[CODES + STRIPE * 2..].chunks(2).map(|zero| u16::from_le_bytes([zero[0], zero[1]]));
+        let expected = (0..STRIPE).map(|i| u16::from(zeros[lane_row(i)]));
+        assert!(got.eq(expected), "{:?}", &units.bytes[CODES + STRIPE * 2..]);
+        assert_eq!(units.bytes.len() % 64, 0);
     }
 }
