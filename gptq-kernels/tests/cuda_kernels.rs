@@ -56,8 +56,7 @@ fn every_kernel_passes_the_battery_in_bf16() {
 }
 
 /// A part of the battery that is short enough to be run under a sanitizer: every kind of layer in one odd shape.
-#[test]
-fn a_small_battery() {
+fn small_battery(name: &str) {
     let Some(device) = gpu::<f16>() else { return };
     let cases: Vec<Case> = Case::all()
         .into_iter()
@@ -68,12 +67,41 @@ fn a_small_battery() {
         .step_by(5)
         .collect();
     for device in [device.limited_to((8, 0)), device] {
-        for kernel in cuda::kernels(&device) {
+        for kernel in cuda::kernels(&device).iter().filter(|kernel| kernel.name() == name) {
             let report = conformance::run_cases(&device, kernel.as_ref(), &cases);
             println!("{report}");
             assert!(report.failures.is_empty(), "{report}");
         }
     }
+}
+
+macro_rules! small_batteries {
+    ($($test:ident $kernel:literal)*) => {
+        $(#[test]
+        fn $test() {
+            small_battery($kernel);
+        })*
+
+        #[test]
+        fn every_kernel_has_a_small_battery() {
+            let Some(device) = gpu::<f16>() else { return };
+            for device in [device.limited_to((8, 0)), device] {
+                for kernel in cuda::kernels(&device) {
+                    assert!([$($kernel),*].contains(&kernel.name()), "{}", kernel.name());
+                }
+            }
+        }
+    };
+}
+
+small_batteries! {
+    a_small_battery_of_plain "cuda-plain"
+    a_small_battery_of_exllama "cuda-exllama"
+    a_small_battery_of_marlin "cuda-marlin"
+    a_small_battery_of_gemv "cuda-gemv-sm90"
+    a_small_battery_of_wgmma "cuda-wgmma-sm90"
+    a_small_battery_of_dense "cuda-dense"
+    a_small_battery_of_cublas "cuda-cublas"
 }
 
 /// Kernels may do hundreds of rows in another way than some: a part of the battery with so many.
