@@ -27,6 +27,7 @@
 //! | x as it is: kernels without the ways to normalise or reorder it, 72 registers instead of 118 | 3.6 / 7.1 / 7.1 / 30.4; the version above in these runs 3.6 / 6.9 / 7.1 / 30.2 | room for a block of attention beside one that waits for it, -1 in a model: found nothing, and 0.2 lost on 4096 x 11008, since the compiler orders the loop otherwise; the driver compiles them in 0.1 s instead of 1.2 |
 //! | codes in the upper half of a byte as very small numbers instead of shifted ones | bf16 3.5 / 7.0 / 7.1 / 30.0, was 3.8 / 7.4 / 7.2 / 30.5; fp16 as before | 32 of 257 instructions of bf16; now both types have the same |
 //! | a slot of the ring is refilled when its unit is in registers, and a round finished one round later, without a barrier; rings of 2 for all | 3.5 / 7.0 / 7.15 / 29.5; eight rows 4.5 / 7.9 / - / -, were 4.6 / 8.3 | a round takes 1.7 in a block that is alone on the GPU, weights in L2: expected 1.3; found 1.6, which shows where bytes are not the limit: eight rows, and 8192 x 28672 |
+//! | asym: zeros by a permutation of bytes; units of 2176 bytes instead of 2144, so that they begin at multiples of 64 | asym 3.6 / 7.2 / 7.1 / 30.1, was 3.6 / 7.2 / 7.5 / 31.7 | found by chance: groups of 64, whose units have 2176 bytes, were faster on 8192 x 28672 than asymmetric ones of 2144 |
 //!
 //! Not taken: codes as subnormal halves, without a subtraction, the zero point as a multiple of the sum of x over a group
 //! that the tensor core adds up (64 of 225 instructions less, expected -0.5; found +0.3 on 4096 x 4096 and -0.2 on

@@ -36,6 +36,9 @@
 //! | 16 rows: four warpgroups in a block, a tile in 8 slices | 6.5 / 11.1 / 11.6 / - | | | half of the traffic of x, no block too many: -10 %; slower everywhere. Removed |
 //! | bf16: the upper code of a pair moved by a multiplication in fp16 instead of a shift (`Expander` in `wgmma.cuh`) | - / -0.1 / -0.25 / -1.6 for bf16 | - | - | as fast as fp16; found a third of the difference, nothing on 4096 x 4096. A shift by the upper half of a product (`mul.hi`) cost 7 to 25 % |
 //! | what a zero point becomes kept from one batch to the next of its group | | | | asym -2 %; +1 to 4 %: registers. Removed |
+//! | bf16: the upper code of a pair as the very small number that it is, as in the GEMV (`unit.cuh`) | 6.0 / 9.7 / 10.7 / 35.1 for bf16 | 9.4 / 15.2 / 16.8 / 57.5 for bf16 | 16.6 / 35.2 / 35.3 / 152 for bf16 | 17 of 154 instructions less, as many as fp16 has: +1 % instead of 6 to 8; found -3 to +1 %, and +4 % where a scale is two factors (256 rows of 4096 x 11008) |
+//! | asym: a zero by a permutation of bytes and an addition instead of two products, kept for its group, in words of two bytes where a load of its own address would cost a register; units of 2176 bytes instead of 2144, whose every other one began between two multiples of 64 | 6.0 / 9.7 / 10.7 / 36.2 for asym; 6.2 / 10.1 / 10.9 / 37.2 before | 9.5 / 15.4 / 17.1 / 62.7 for asym | 17.2 / 33.7 / 37.1 / 158 for asym | 138 instructions instead of 146, 135 without zeros: +2 % instead of 4 to 6; found 0 to 2 |
+//! | the same, with the codes of the GEMV in fp16 too; zeros not kept with 64 tokens | as before | 9.5 / 15.6 / 17.3 / 60.3 to 61.3 for asym | 16.6 / 33.7 / 35.8 / 157 for asym | what bf16 found: 16.7 instead of 17.3 for 256 rows of 4096 x 4096; found 16.6. Zeros kept cost 64 rows of 8192 x 28672 4 %, for the order that the compiler chooses |
 //!
 //! Many rows, 1024 and 2048, in one run with cuBLAS (46 / 124 / 119 / 628 and 90 / 253 / 236 / 1247), each replay after 4 ms of rest:
 //!
@@ -66,7 +69,7 @@
 //! `__syncwarp` or without; nothing when every lane arrives, or with `bar.arrive` instead. The order through `__syncwarp` and then
 //! a release is one of PTX's causality, so the report was false; every lane arrives now, so that the tool can be used.
 //!
-//! Registers: 75 and 81 (16 tokens), 89 (32), 121 (64), 128 for three warpgroups and 168 for two before the hand-over, 160 and
+//! Registers: 72 and 81 (16 tokens; 90 for bf16), 89 (32), 121 (64), 128 for three warpgroups and 168 for two before the hand-over, 160 and
 //! 240 after it; no spills. The tensor map is a parameter of its own because its address is taken: when it lay in one structure
 //! with the other arguments, NVRTC 12.0 read all of them by generic loads, one for every unit, and the kernel was slower by 11 to
 //! 50 %.
