@@ -222,8 +222,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             images.push((name, strip(&ptx.to_src())));
         }
         // Which is smaller depends on how alike the images of a family are.
-        let packed = pack(&images, false)?;
-        let packed = [pack(&images, true)?, packed].into_iter().min_by_key(Vec::len).unwrap_or_default();
+        let (absolute, relative) = (pack(&images, false)?, pack(&images, true)?);
+        let packed = if relative.len() < absolute.len() { relative } else { absolute };
         let file = format!("ptx/{}/images.lzma", family.name);
         fs::write(cuda.join(&file), &packed)?;
         manifest += &format!("{}  {file}\n", hash(&packed));

@@ -4,6 +4,10 @@
 #![allow(clippy::print_stdout, clippy::unwrap_used)]
 
 mod gpu;
+#[path = "cuda_kernels/layer.rs"]
+mod layer;
+#[path = "cuda_kernels/streams.rs"]
+mod streams;
 
 use std::sync::Arc;
 
@@ -18,6 +22,7 @@ use gptq_kernels::{
 };
 use gpu::gpu;
 use half::{bf16, f16};
+use layer::{Layer, Random, Running, each};
 
 /// Runs the battery and prints, for every kind of layer, the largest error in units of the kernel's bound: the table in
 /// `docs/KERNEL-ERRORS.md`.
@@ -145,143 +150,6 @@ fn a_device_that_is_not_there_is_named() {
         Err(Unsupported::NoDevice { ordinal: 1000, devices }) => println!("{devices} devices"),
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("a thousand GPUs"),
-    }
-}
-
-/// A reproducible sequence.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        self.0 >> 33
-    }
-    /// In -1..1.
-    fn symmetric(&mut self) -> f32 {
-        self.next() as f32 / (1u64 << 30) as f32 - 1.0
-    }
-}
-
-/// What a test layer is made of.
-#[derive(Clone, Copy, Debug)]
-struct Layer {
-    in_features: usize,
-    out_features: usize,
-    group_size: usize,
-    scale: f32,
-    /// A code for all weights, or random ones.
-    code: Option<u8>,
-    act_order: bool,
-}
-
-impl Layer {
-    const fn new(in_features: usize, out_features: usize) -> Self {
-        Self { in_features, out_features, group_size: 128, scale: 0.01, code: None, act_order: false }
-    }
-
-    fn pack(&self) -> PackedLinear {
-        let mut random = Random(7);
-        let (inputs, outputs) = (self.in_features, self.out_features);
-        let groups = inputs.div_ceil(self.group_size);
-        let codes: Vec<u8> =
-            (0..inputs * outputs).map(|_| self.code.unwrap_or(random.next() as u8 % 16)).collect();
-        let zeros: Vec<u8> = (0..groups * outputs).map(|_| random.next() as u8 % 16).collect();
-        let scales: Vec<f32> =
-            (0..groups * outputs).map(|_| self.scale * (1.0 + random.symmetric() / 2.0)).collect();
-        let mut g_idx: Vec<u32> = (0..inputs).map(|i| (i / self.group_size) as u32).collect();
-        if self.act_order {
-            for i in (1..inputs).rev() {
-                g_idx.swap(i, random.next() as usize % (i + 1));
-            }
-        }
-        PackedLinear::pack(&CodesRef {
-            bits: Bits::B4,
-            group_size: self.group_size,
-            in_features: inputs,
-            out_features: outputs,
-            codes: &codes,
-            zeros: &zeros,
-            scales: &scales,
-            g_idx: &g_idx,
-            bias: None,
-        })
-        .unwrap()
-    }
-}
-
-/// A layer on the GPU with activations for it.
-struct Running<T: Element> {
-    device: CudaDevice<T>,
-    layer: Box<dyn Linear<CudaDevice<T>>>,
-    x: <CudaDevice<T> as Device>::Buffer,
-    /// What the device holds.
-    x_host: Vec<f32>,
-    rows: usize,
-}
-
-impl<T: Element> Running<T> {
-    fn new(
-        device: &CudaDevice<T>,
-        kernel: &dyn LinearKernel<CudaDevice<T>>,
-        packed: &PackedLinear,
-        rows: usize,
-        x: impl FnMut(usize) -> f32,
-    ) -> Result<Self, KernelError> {
-        let mut x_host: Vec<f32> = (0..rows * packed.in_features()).map(x).collect();
-        let mut x = device.alloc(x_host.len())?;
-        device.upload(&x_host, CudaDevice::slice_mut(&mut x, 0..x_host.len()))?;
-        device.download(CudaDevice::slice(&x, 0..x_host.len()), &mut x_host)?;
-        Ok(Self { device: device.clone(), layer: kernel.prepare(packed)?, x, x_host, rows })
-    }
-
-    /// `y`, in poisoned memory, on `stream`.
-    fn forward(&self) -> Result<Vec<f32>, KernelError> {
-        let (inputs, outputs) = (self.layer.spec().in_features, self.layer.spec().y_features());
-        let mut y = vec![f32::NAN; self.rows * outputs];
-        let mut buffer = self.device.alloc(y.len())?;
-        self.device.upload(&y, CudaDevice::slice_mut(&mut buffer, 0..y.len()))?;
-        self.layer.forward(
-            MatRef::new(CudaDevice::slice(&self.x, 0..self.rows * inputs), self.rows, inputs)?,
-            MatMut::new(CudaDevice::slice_mut(&mut buffer, 0..y.len()), self.rows, outputs)?,
-            &mut Workspace::new(&self.device, self.layer.workspace_len(self.rows))?,
-        )?;
-        self.device.download(CudaDevice::slice(&buffer, 0..y.len()), &mut y)?;
-        Ok(y)
-    }
-
-    /// Largest error in units of the bound; checks some rows if there are many.
-    fn worst(&self, kernel: &dyn LinearKernel<CudaDevice<T>>, packed: &PackedLinear, y: &[f32]) -> f64 {
-        let (inputs, outputs) = (packed.in_features(), packed.out_features());
-        let (reference, bound) = (Reference::new(packed), kernel.error_bound(&LinearSpec::of(packed)));
-        let mut worst = 0.0f64;
-        for row in (0..self.rows).step_by(self.rows.div_ceil(4)).chain([self.rows - 1]) {
-            for output in 0..outputs {
-                let exact = reference.element(&self.x_host[row * inputs..][..inputs], output);
-                let got = f64::from(y[row * outputs + output]);
-                let largest = T::from_f32(f32::MAX).to_f32().is_infinite() && exact.y.abs() > 65519.0;
-                let units = if largest {
-                    if got == f64::INFINITY.copysign(exact.y) { 0.0 } else { f64::INFINITY }
-                } else {
-                    (got - exact.y).abs() / bound.of(exact.magnitude, exact.y, exact.weight_sum)
-                };
-                worst = if units.is_nan() { f64::INFINITY } else { worst.max(units) };
-            }
-        }
-        worst
-    }
-}
-
-/// Runs `check` for every kernel that supports the layer.
-fn each<T: Element>(
-    layer: &Layer,
-    mut check: impl FnMut(&CudaDevice<T>, &dyn LinearKernel<CudaDevice<T>>, &PackedLinear),
-) {
-    let Some(device) = gpu::<T>() else { return };
-    let packed = layer.pack();
-    for kernel in cuda::kernels(&device) {
-        if kernel.supports(&LinearSpec::of(&packed)).is_ok() {
-            check(&device, kernel.as_ref(), &packed);
-        }
     }
 }
 
@@ -543,140 +411,4 @@ fn rows_of_shared_tiles_have_the_bits_of_whole_ones() {
         }
         assert!(compared > 1, "{:?}", all.layer.row_class(rows));
     });
-}
-
-#[test]
-fn two_streams_at_once_do_not_meet() {
-    for rows in [2, 20] {
-        two_streams(&Layer::new(4096, 2048), rows, |_| true);
-    }
-    two_streams(&Layer::new(SHARED.0, SHARED.1), SHARED.2, |kernel| kernel == SHARED_BY);
-}
-
-fn two_streams(layer: &Layer, rows: usize, wanted: fn(&str) -> bool) {
-    each::<f16>(layer, |device, kernel, packed| {
-        if !wanted(kernel.name()) {
-            return;
-        }
-        let streams: Vec<Arc<CudaStream>> =
-            (0..2).map(|_| device.stream().context().new_stream().unwrap()).collect();
-        let mut random = Random(13);
-        let layer = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
-        let alone = layer.forward().unwrap();
-        let layer = &layer;
-        std::thread::scope(|scope| {
-            for stream in &streams {
-                let device = device.with_stream(Arc::clone(stream));
-                let alone = &alone;
-                scope.spawn(move || {
-                    let (inputs, outputs) = (packed.in_features(), packed.out_features());
-                    let mut buffer = device.alloc(rows * outputs).unwrap();
-                    let mut x = device.alloc(rows * inputs).unwrap();
-                    device.upload(&layer.x_host, CudaDevice::slice_mut(&mut x, 0..rows * inputs)).unwrap();
-                    let mut workspace = Workspace::new(&device, layer.layer.workspace_len(rows)).unwrap();
-                    for _ in 0..50 {
-                        for _ in 0..20 {
-                            layer
-                                .layer
-                                .forward(
-                                    MatRef::new(CudaDevice::slice(&x, 0..rows * inputs), rows, inputs)
-                                        .unwrap(),
-                                    MatMut::new(
-                                        CudaDevice::slice_mut(&mut buffer, 0..rows * outputs),
-                                        rows,
-                                        outputs,
-                                    )
-                                    .unwrap(),
-                                    &mut workspace,
-                                )
-                                .unwrap();
-                        }
-                        let mut y = vec![0.0; rows * outputs];
-                        device.download(CudaDevice::slice(&buffer, 0..y.len()), &mut y).unwrap();
-                        assert!(y.iter().zip(alone).all(|(a, b)| a.to_bits() == b.to_bits()));
-                    }
-                });
-            }
-        });
-    });
-}
-
-#[test]
-fn a_forward_pass_can_be_recorded_and_replayed() {
-    for rows in [1, 20] {
-        record_and_replay(&Layer::new(1024, 512), rows, |_| true);
-    }
-    record_and_replay(&Layer::new(SHARED.0, SHARED.1), SHARED.2, |kernel| kernel == SHARED_BY);
-}
-
-fn record_and_replay(layer: &Layer, rows: usize, wanted: fn(&str) -> bool) {
-    each::<f16>(layer, |device, kernel, packed| {
-        if !wanted(kernel.name()) {
-            return;
-        }
-        let (inputs, outputs) = (packed.in_features(), packed.out_features());
-        // A second stream switches cudarc's event tracking on, were it not for what `CudaDevice::new` does.
-        let _second = device.stream().context().new_stream().unwrap();
-        let mut random = Random(17);
-        let run = Running::new(device, kernel, packed, rows, |_| random.symmetric()).unwrap();
-        let expected = run.forward().unwrap();
-        let mut y = device.alloc(rows * outputs).unwrap();
-        let mut workspace = Workspace::new(device, run.layer.workspace_len(rows)).unwrap();
-        // A device that has loaded nothing yet, so that what a kernel loads late is loaded while the graph is recorded.
-        let fresh = CudaDevice::<f16>::on(Arc::clone(device.stream())).unwrap();
-        let kernels = cuda::kernels(&fresh);
-        let same = kernels.iter().find(|other| other.name() == kernel.name()).unwrap();
-        let layer = same.prepare(packed).unwrap();
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        device.stream().begin_capture(mode).unwrap();
-        for _ in 0..3 {
-            layer
-                .forward(
-                    MatRef::new(CudaDevice::slice(&run.x, 0..rows * inputs), rows, inputs).unwrap(),
-                    MatMut::new(CudaDevice::slice_mut(&mut y, 0..rows * outputs), rows, outputs).unwrap(),
-                    &mut workspace,
-                )
-                .unwrap();
-        }
-        let flags = sys::CUgraphInstantiate_flags(0);
-        let graph = device.stream().end_capture(flags).unwrap().expect("something was recorded");
-        for _ in 0..2 {
-            graph.launch().unwrap();
-            let mut got = vec![0.0; rows * outputs];
-            device.download(CudaDevice::slice(&y, 0..rows * outputs), &mut got).unwrap();
-            assert_eq!(got, expected, "{}", kernel.name());
-        }
-    });
-}
-
-#[test]
-fn a_caller_may_bring_its_own_context_stream_and_slices() {
-    if gpu::<f16>().is_none() {
-        return;
-    }
-    let context = cudarc::driver::CudaContext::new(0).unwrap();
-    let stream = context.new_stream().unwrap();
-    let device = CudaDevice::<f16>::on(Arc::clone(&stream)).unwrap();
-    let packed = Layer::new(512, 64).pack();
-    for kernel in cuda::kernels(&device) {
-        if kernel.supports(&LinearSpec::of(&packed)).is_err() {
-            continue;
-        }
-        let layer = kernel.prepare(&packed).unwrap();
-        let x_host: Vec<f16> = (0..512).map(|i| f16::from_f32((i % 7) as f32 - 3.0)).collect();
-        let x = stream.clone_htod(&x_host).unwrap();
-        let mut y = stream.alloc_zeros::<f16>(64 + 8).unwrap();
-        let mut workspace = Workspace::new(&device, layer.workspace_len(1)).unwrap();
-        let (x, mut into) = (MatRef::new((&x).into(), 1, 512).unwrap(), y.slice_mut(8..));
-        layer.forward(x, MatMut::new(into.slice_mut(..).into(), 1, 64).unwrap(), &mut workspace).unwrap();
-        let got = stream.clone_dtoh(&y).unwrap();
-        assert!(got[..8].iter().all(|&margin| margin == f16::ZERO));
-        let (reference, bound) = (Reference::new(&packed), kernel.error_bound(&LinearSpec::of(&packed)));
-        let x: Vec<f32> = x_host.iter().map(|x| x.to_f32()).collect();
-        for (output, got) in got[8..].iter().enumerate() {
-            let exact = reference.element(&x, output);
-            let error = (got.to_f64() - exact.y).abs();
-            assert!(error <= bound.of(exact.magnitude, exact.y, exact.weight_sum), "{}", kernel.name());
-        }
-    }
 }

@@ -11,21 +11,14 @@ use std::collections::HashMap;
 const ENTRY: &str = ".entry ";
 
 /// The next number of each type of registers.
-#[derive(Default)]
-struct Next<'a>(HashMap<&'a str, u32>);
-
-impl<'a> Next<'a> {
-    fn of(&mut self, class: &'a str) -> &mut u32 {
-        self.0.entry(class).or_default()
-    }
-}
+type Next<'a> = HashMap<&'a str, u32>;
 
 /// Writes registers by their distance, as only the example does.
 #[cfg_attr(not(test), allow(dead_code))]
 pub(super) fn relative(ptx: &str) -> Option<String> {
     rewrite(ptx, |next, class, written| {
         let number: u32 = written.parse().ok()?;
-        let newest = next.of(class);
+        let newest = next.entry(class).or_default();
         let distance = newest.checked_sub(number);
         *newest = (*newest).max(number.checked_add(1)?);
         Some(match distance {
@@ -39,7 +32,7 @@ pub(super) fn relative(ptx: &str) -> Option<String> {
 /// The opposite of [`relative`]; `None` for what it cannot have made.
 pub(super) fn absolute(text: &str) -> Option<String> {
     rewrite(text, |next, class, written| {
-        let newest = next.of(class);
+        let newest = next.entry(class).or_default();
         let number = match written.strip_prefix('-') {
             Some(distance) => newest.checked_sub(distance.parse().ok()?)?,
             None if written == "+" => *newest,
@@ -56,10 +49,10 @@ fn rewrite<'a>(
     mut number: impl FnMut(&mut Next<'a>, &'a str, &str) -> Option<String>,
 ) -> Option<String> {
     let mut out = String::with_capacity(text.len() * 2);
-    let mut next = Next::default();
+    let mut next = Next::new();
     for line in text.split_inclusive('\n') {
         if line.contains(ENTRY) {
-            next = Next::default();
+            next.clear();
         }
         let mut pieces = line.split('%');
         out.push_str(pieces.next()?);

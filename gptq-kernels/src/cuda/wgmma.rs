@@ -9,70 +9,7 @@
 //! `2^-11 |x w|` in each product of fp16, `2^-8` of bfloat16, beside outputs that are rounded by as much.
 //! [`Linear::row_class`] says where that begins. A layer whose scales are too far apart for one power of two to keep its weights
 //! normal numbers of fp16 has exact products for any number of rows.
-//!
-//! # How it came to be
-//!
-//! Microseconds on an H200, fp16, groups of 128, in a CUDA graph over rotated weights, for 4096 x 4096 / 4096 x 11008 /
-//! 11008 x 4096 / 8192 x 28672; prototypes around `wgmma_sm90.cu`, compiled by nvcc 13.0, with the best of several shapes and
-//! slices. cuBLAS fp16 in the same run, at 64 and 256 rows: 11.6 / 24 / 29 / 115 and 16.3 to 18.3 / 34 / 39 / 180.
-//!
-//! | version | 16 rows | 64 rows | 256 rows | expected, and what happened |
-//! |---|---|---|---|---|
-//! | before: an operand A from registers without overlap, all of x staged first | 8.5 / 15.0 / 19.9 / 66.4 | 27.6 / 43.4 / - / - | - | |
-//! | a ring of x (tensor map, 128-byte swizzle) and units, one warp that copies, batches of four steps expanded while four are multiplied, slices in a cluster | 6.4 / 10.6 / 11.3 / 38.3 | 9.2 / 17.0 / 17.4 / 56.6 | 16.2 / 47.2 / 34.4 / 190 | 6 / 9 / 9 / 36, 10 / 15 / 15 / 55; as hoped on small layers |
-//! | an order of codes that both kernels read (see `unit.cuh`); natural order alone cost the GEMV 12 % at 8 rows | 6.5 / 11.1 / 12.6 / 41.8 | 9.1 / 15.5 / 17.1 / 61.6 | 17.4 / 36.5 / 37.1 / 205 | nothing lost; clocks were lower, cuBLAS lost 5 % too |
-//! | rehearsal as in the GEMV | 6.8 / 11.3 / 12.9 / 41.0 | 9.7 / 16.4 / 17.8 / 59.0 | 19.0 / 45.6 / 38.2 / 206 | -1; found +0.4 to +3: blocks that fill a multiprocessor rehearse on the critical path. Removed |
-//! | two warpgroups take turns at the tensor core through named barriers | - | 9.4 / 17.8 / 17.9 / 63.9 | 17.5 / 50.2 / 37.3 / 224 | -15 %; nothing. Removed |
-//! | three warpgroups, batches of two steps so that 160 registers do | - | - | - / 36.5 / - / - | 4096 x 11008 fits one wave: 33; found 36.5 |
-//! | blocks walk over tiles | - | - | - / - / - / 201 | -10 % with many rows; 1 % to 7 % |
-//! | results finished four pieces at a time, in a loop | 6.6 / 10.6 / 11.9 / 36.6 | 9.9 / 15.6 / 17.6 / 60.0 | 17.0 / 38.5 / 36.6 / 201 | 100 KB of PTX less; -1 at 256 rows of 4096 x 4096 |
-//! | shipped, PTX of NVRTC 12.0, from Rust: the tensor map in one structure with the other arguments | 9.8 / 12.8 / 14.5 / 41.7 | 11.6 / 18.0 / 19.9 / 66.8 | 20.3 / 42.7 / 41.6 / 240 | the prototype's times; missed them |
-//! | the map as a parameter of its own | 7.6 / 10.6 / 11.8 / 35.8 | 9.9 / 15.6 / 17.3 / 57.6 | 16.9 / 38.7 / 36.1 / 191 | the prototype's times; found, but for 16 rows of 4096 x 4096 |
-//!
-//! | no order of memory in the first arrival at the cluster's barrier, which is a fence of the whole GPU otherwise; slices for no more than one block a multiprocessor on small layers | 6.5 / 10.6 / 11.4 / 36.2 | 9.7 / 15.4 / 17.2 / 58.5 | - | -0.3; found 0.0 to 0.3, and 1.1 on 4096 x 4096 from the slices |
-//! | every lane arrives when a stage has been read, which racecheck understands | 6.4 / 10.6 / 11.3 / 36.7 | 9.9 / 15.8 / 17.5 / 58.8 | - | costs up to 2 % |
-//! | two units asked for before the kernel before this one has finished, not the whole ring, as the GEMV does it | 6.1 / 10.6 / 10.8 / 35.7 | 9.5 / 15.5 / 17.1 / 58.4 | 16.5 / - / 35.6 / - | -0.5 as for the GEMV; found 0.1 to 0.6. One and three: 0.1 to 0.3 more for 16 rows |
-//! | 16 rows: three narrow blocks a multiprocessor in 72 registers, in up to 8 slices, for up to 48 units of input features | **5.9 / 9.6 / 10.6 / 35.6** | | | more warps to hide latency: -3 %; found -4 % and, instead of wide blocks, -9 % on 4096 x 11008 |
-//! | 16 rows: four warpgroups in a block, a tile in 8 slices | 6.5 / 11.1 / 11.6 / - | | | half of the traffic of x, no block too many: -10 %; slower everywhere. Removed |
-//! | bf16: the upper code of a pair moved by a multiplication in fp16 instead of a shift (`Expander` in `wgmma.cuh`) | - / -0.1 / -0.25 / -1.6 for bf16 | - | - | as fast as fp16; found a third of the difference, nothing on 4096 x 4096. A shift by the upper half of a product (`mul.hi`) cost 7 to 25 % |
-//! | what a zero point becomes kept from one batch to the next of its group | | | | asym -2 %; +1 to 4 %: registers. Removed |
-//! | bf16: the upper code of a pair as the very small number that it is, as in the GEMV (`unit.cuh`) | 6.0 / 9.7 / 10.7 / 35.1 for bf16 | 9.4 / 15.2 / 16.8 / 57.5 for bf16 | 16.6 / 35.2 / 35.3 / 152 for bf16 | 17 of 154 instructions less, as many as fp16 has: +1 % instead of 6 to 8; found -3 to +1 %, and +4 % where a scale is two factors (256 rows of 4096 x 11008) |
-//! | asym: a zero by a permutation of bytes and an addition instead of two products, kept for its group, in words of two bytes where a load of its own address would cost a register; units of 2176 bytes instead of 2144, whose every other one began between two multiples of 64 | 6.0 / 9.7 / 10.7 / 36.2 for asym; 6.2 / 10.1 / 10.9 / 37.2 before | 9.5 / 15.4 / 17.1 / 62.7 for asym | 17.2 / 33.7 / 37.1 / 158 for asym | 138 instructions instead of 146, 135 without zeros: +2 % instead of 4 to 6; found 0 to 2 |
-//! | the same, with the codes of the GEMV in fp16 too; zeros not kept with 64 tokens | as before | 9.5 / 15.6 / 17.3 / 60.3 to 61.3 for asym | 16.6 / 33.7 / 35.8 / 157 for asym | what bf16 found: 16.7 instead of 17.3 for 256 rows of 4096 x 4096; found 16.6. Zeros kept cost 64 rows of 8192 x 28672 4 %, for the order that the compiler chooses |
-//!
-//! Many rows, 1024 and 2048, in one run with cuBLAS (46 / 124 / 119 / 628 and 90 / 253 / 236 / 1247), each replay after 4 ms of rest:
-//!
-//! | version | 256 rows | 1024 rows | 2048 rows | expected, and what happened |
-//! |---|---|---|---|---|
-//! | the above | 16.9 / 39.2 / 36.3 / 195 | 51 / 153 / 131 / 727 | 100 / 278 / 268 / 1640 | |
-//! | exact products, sums kept in units of the current group's scale: one set of registers, 256 tokens; results written in whole lines through shared memory | - / 41.4 / - / 200 | 46 / 145 / 131 / 744 | 94 / 313 / 247 / 1537 | cuBLAS's speed; found 0.83 to 1.0 of it. At the end of a group both warpgroups wait for the tensor core at once, and 128 products a thread cost power |
-//! | the same, x sent to two blocks at once | | 46 / 163 / 140 / 754 | | -10 % if L2 were the limit; found -2 % to +7 %: it is not |
-//! | scaled weights instead, nothing to wait for at the end of a group | 22.1 / **33.9** / 56 / **167** | **46.1** / **134** / **120** / **604** | **90.4** / **265** / **234** / **1231** | cuBLAS's speed; found 0.93 to 1.11 of it, 0.95 or more but for 1024 rows of 4096 x 11008, whose 344 tiles are 2.6 for each multiprocessor |
-//! | x sent to two blocks at once, with that | - / 34.6 / - / 169 | 47.5 / 135 / 122 / 602 | 90.8 / 264 / 234 / 1209 | -2 % at most; not taken: a second kind of barrier, across blocks, for that |
-//! | tiles shared by two blocks | - / - / - / **159** | - / **126** / - / - | - / **242** / - / - | 344 tiles on 132 multiprocessors would take 2.6 rounds instead of 3: 119; found 126, 1.03 and 0.97 of cuBLAS's speed with 2048 and 1024 rows. Sums cost 8 us on their way from block to block: what is stored has to arrive before it is announced, and asked for before it is loaded |
-//! | the same, a warp of its own announces sums and waits for them | - / - / - / 158 | - / 125 / - / - | - / 241 / - / - | -2 us; found 0 to 2. Shipped: 122, 238 and 158 from Rust |
-//! | the same, shared tiles before whole ones | - / - / - / 163 | - / 130 / - / 612 | - / 248 / - / 1350 | blocks in step read the same x at the same time; out of step all along they lose 3 to 8 % |
-//! | the same, x sent to two blocks at once | - / - / - / 158 | - / 128 / - / 603 | - / 242 / - / 1193 | if it were the reading of x: -5 %; it is not. Not taken |
-//! | 192 tokens | | 65 / 135 / 168 / 696 | 99 / 268 / 259 / 1281 | fewer tiles too many for 4096 x 11008; nothing |
-//! | four warpgroups and 128 tokens | | | | half of the traffic of two; 112 registers do not hold it, and the compiler makes `wgmma` wait |
-//!
-//! The three shapes that ship cost 46 to 60 KB of PTX an image, 20 KB compressed. Groups of 32 with zero points take 91.7 us for 2048
-//! rows of 4096 x 4096 (cuBLAS 90.5), groups of 64 91.4, groups of 128 with zero points 91.5; bfloat16 89.4 (cuBLAS 87.7).
-//!
-//! A `wgmma` whose operand A is in registers takes 32 / 64 / 96 / 128 cycles with 64 / 128 / 192 / 256 tokens, measured alone: as
-//! much as from shared memory. (Earlier slopes said 17 cycles more; that was power and waiting.) From about 1000 rows on the clock
-//! falls with the power, for cuBLAS too: instructions then cost energy before they cost time, and times depend on how long the GPU has
-//! been busy. Ratios are of runs that take turns.
-//!
-//! racecheck reported hazards between the reads of a stage and the copy that refills it, when one lane of a warp arrived on the
-//! `mbarrier` after `__syncwarp`. A ring of two stages with nothing else in it shows the same: reported when one lane arrives, with
-//! `__syncwarp` or without; nothing when every lane arrives, or with `bar.arrive` instead. The order through `__syncwarp` and then
-//! a release is one of PTX's causality, so the report was false; every lane arrives now, so that the tool can be used.
-//!
-//! Registers: 72 and 81 (16 tokens; 90 for bf16), 89 (32), 121 (64), 128 for three warpgroups and 168 for two before the hand-over, 160 and
-//! 240 after it; no spills. The tensor map is a parameter of its own because its address is taken: when it lay in one structure
-//! with the other arguments, NVRTC 12.0 read all of them by generic loads, one for every unit, and the kernel was slower by 11 to
-//! 50 %.
+#![doc = include_str!("wgmma/ladder.md")]
 
 mod many;
 mod plan;
