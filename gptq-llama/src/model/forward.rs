@@ -83,7 +83,8 @@ impl<D: Backend> Llama<D> {
     /// Runs new tokens of some sequences through the model, and stores their keys and values.
     ///
     /// What is computed for a sequence does not depend on the other sequences of the call, nor on how its tokens are
-    /// distributed over calls, to the bit. Memory grows with the number of tokens in a call; long prompts are better fed
+    /// distributed over calls, to the bit, as long as calls stay in one [row class](gptq_kernels::Linear::row_class) of the layers'
+    /// kernels; those of the CPU have only one. Memory grows with the number of tokens in a call; long prompts are better fed
     /// in parts.
     ///
     /// Errors: [`LlamaError::NoTokens`], [`LlamaError::Token`], [`LlamaError::ContextLength`],
