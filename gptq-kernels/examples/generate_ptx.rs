@@ -164,19 +164,16 @@ fn pack(images: &[(String, String)], relative: bool) -> Result<Vec<u8>, Box<dyn 
     let options = LzmaOptions { dict_size: 8 << 20, pb: 0, nice_len: 273, depth_limit: 1000, ..preset };
     let mut archive = LzmaWriter::new_use_header(Vec::new(), &options, None)?;
     for (name, ptx) in images {
-        if relative {
-            let text = registers::relative(ptx).ok_or_else(|| format!("{name}: registers beyond 32 bits"))?;
-            if registers::absolute(&text).as_ref() != Some(ptx) {
-                return Err(
-                    format!("{name}: PTX has something else than registers behind a per cent sign").into()
-                );
-            }
-            writeln!(archive, "{name} {} relative", text.len())?;
-            archive.write_all(text.as_bytes())?;
-        } else {
-            writeln!(archive, "{name} {}", ptx.len())?;
-            archive.write_all(ptx.as_bytes())?;
+        if !relative {
+            write!(archive, "{name} {}\n{ptx}", ptx.len())?;
+            continue;
         }
+        let text = registers::relative(ptx).ok_or_else(|| format!("{name}: registers beyond 32 bits"))?;
+        if registers::absolute(&text).as_ref() != Some(ptx) {
+            let message = "PTX has something else than registers behind a per cent sign";
+            return Err(format!("{name}: {message}").into());
+        }
+        write!(archive, "{name} {} relative\n{text}", text.len())?;
     }
     Ok(archive.finish()?)
 }

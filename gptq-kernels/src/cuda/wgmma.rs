@@ -24,6 +24,7 @@ use super::{
     driver::{Function, Launch, gpu_error},
     gemv::{self, Gemv, GemvLinear, prologue_bound},
     marlin::ticket,
+    module::get_or_load,
     plain::output_bound,
     units::{DEPTH, Units},
 };
@@ -303,19 +304,16 @@ impl Rest {
 impl<T: Element> WgmmaLinear<T> {
     /// Waits for what compiles the kernels.
     fn rest(&self) -> Result<&Rest, KernelError> {
-        if let Some(rest) = self.rest.get() {
-            return Ok(rest);
-        }
-        let load = |entry| self.device.images().function(&self.image, entry, self.device.shared_memory());
-        let tokens = Tokens::all(&self.device, &self.image, self.extent)?;
-        let rest = Rest {
-            many: many::entries().map(load).collect::<Result<_, _>>()?,
-            classes: classes(&tokens, self.many.as_ref()),
-            order: load(ORDER)?,
-            tokens,
-        };
-        // Another thread may have been first; its value is as good.
-        Ok(self.rest.get_or_init(|| rest))
+        get_or_load(&self.rest, || {
+            let load = |entry| self.device.images().function(&self.image, entry, self.device.shared_memory());
+            let tokens = Tokens::all(&self.device, &self.image, self.extent)?;
+            Ok(Rest {
+                many: many::entries().map(load).collect::<Result<_, _>>()?,
+                classes: classes(&tokens, self.many.as_ref()),
+                order: load(ORDER)?,
+                tokens,
+            })
+        })
     }
 
     /// Columns of x in the order of the units.
