@@ -141,7 +141,14 @@ impl Variant {
     }
 
     /// Bytes of shared memory, laid out as `gemv` in `gemv_sm90.cu` does.
-    fn shared_memory(&self, layout: Layout, unit: usize, k_units: usize, rows: usize) -> usize {
+    fn shared_memory(
+        &self,
+        layout: Layout,
+        by_block: bool,
+        unit: usize,
+        k_units: usize,
+        rows: usize,
+    ) -> usize {
         let barriers = (self.warps() * self.depth * 8).next_multiple_of(128);
         let rings = (self.warps() * self.depth * unit).next_multiple_of(128);
         let x_units = if self.slices() == 1 { k_units } else { k_units.div_ceil(self.slices()) + 1 };
@@ -152,7 +159,7 @@ impl Variant {
         // Two slots, but for clusters, and their barriers.
         let slots = if self.slices() == 1 { 2 } else { 1 };
         let sums = slots * PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4 + 32;
-        let norm_sums = rows * NORM_WARPS * 4;
+        let norm_sums = if by_block { rows * NORM_WARPS * 4 } else { 0 };
         barriers + rings + x + sums + norm_sums
     }
 }
@@ -234,7 +241,7 @@ impl<T: Element> Gemv<T> {
         };
         for variant in [WHOLE, PAIRED] {
             let clusters = clusters(&variant);
-            let shared = variant.shared_memory(layout, unit, units.k_units, rows);
+            let shared = variant.shared_memory(layout, by_block, unit, units.k_units, rows);
             // A block that has a slice of x sees whole rows only where it brings them into another order.
             let normalises =
                 spec.prologue == Prologue::Load || variant.slices() == 1 || units.gather.is_some();
@@ -472,5 +479,18 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
             start += plan.rows;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn eight_rows_of_8192_features_fit_a_block() {
+        let bytes = |by_block| WHOLE.shared_memory(Layout::Rows, by_block, unit_bytes(1, false), 64, ROWS);
+        // What a block of Hopper may have.
+        assert!(bytes(false) <= 227 << 10, "{}", bytes(false));
+        assert!(bytes(true) > 227 << 10, "{}", bytes(true));
     }
 }
