@@ -132,7 +132,7 @@ DEVICE void gemv(const GemvArgs& args) {
     constexpr u32 UNIT = unit_bytes(GROUPS, ASYM), RING = DEPTH * UNIT;
     // A round is finished while the next one is multiplied, unless the blocks of a cluster have to meet anyway.
     constexpr bool LATE = SLICES == 1;
-    constexpr u32 SLOTS = LATE ? 2 : 1; // of sums
+    const u32 slots = args.slots; // of sums, 1 or 2
     extern __shared__ __align__(128) u8 shared_memory[];
 
     // `uniform` and `opaque` keep the compiler from deriving these anew in every iteration.
@@ -155,8 +155,8 @@ DEVICE void gemv(const GemvArgs& args) {
     // banks: two rows a phase, no conflict.
     const u32 x_units = SLICES == 1 ? args.k_units : (args.k_units + SLICES - 1) / SLICES + 1, x_stride = x_units * 256 + 64;
     const u32 x_bytes = COLUMNS ? x_units * 2048 : args.rows * x_stride, x_place = (first_unit - x_first) * (COLUMNS ? 2048 : 256);
-    const u32 sums = staged + x_bytes, slot_bytes = PARTS * args.rows * OWNED * 4, norm_sums = sums + SLOTS * slot_bytes;
-    const u32 full = norm_sums + (BY_BLOCK ? args.rows * NORM_WARPS * 4 : 0), empty = full + SLOTS * 8; // of the slots
+    const u32 sums = staged + x_bytes, slot_bytes = PARTS * args.rows * OWNED * 4, norm_sums = sums + slots * slot_bytes;
+    const u32 full = norm_sums + (BY_BLOCK ? args.rows * NORM_WARPS * 4 : 0), empty = full + slots * 8; // of the slots
     const u32 spare = full + 32 + lane % 8 * 16 + warp * 128;
 
     // The stream of units: all of the part's in one stripe, then in the next stripe of this warp.
@@ -180,7 +180,7 @@ DEVICE void gemv(const GemvArgs& args) {
     if (lane == 0) {
         for (u32 i = 0; i < DEPTH; ++i) mbarrier_init(barriers + i * 8, 1);
         if (LATE && warp == 0)
-            for (u32 i = 0; i < SLOTS; ++i) mbarrier_init(full + i * 8, THREADS), mbarrier_init(empty + i * 8, args.rows * 32);
+            for (u32 i = 0; i < slots; ++i) mbarrier_init(full + i * 8, THREADS), mbarrier_init(empty + i * 8, args.rows * 32);
         fence_mbarrier_init();
     }
     __syncwarp();
@@ -210,6 +210,9 @@ DEVICE void gemv(const GemvArgs& args) {
     static_assert(OWNED == 32 && WARPS == 16, "");
     const u32 owned = slice * OWNED + lane;
     auto token_of = [&](u32 round) { return LATE ? (warp + round % 2 * 8) % 16 : warp; };
+    // The slot of a round's sums, and how often it has been used before.
+    auto slot_of = [&](u32 round) { return round & (slots - 1); };
+    auto use_of = [&](u32 round) { return round >> (slots - 1); };
     u32 added = 0; // of bias in the upper half, of y in the lower
     // Fetches what the product is added to, ahead of its use.
     auto begin = [&](u32 stripe, u32 token) {
@@ -238,9 +241,9 @@ DEVICE void gemv(const GemvArgs& args) {
     };
     // When all parts of a round are there, which the warp's own next round has left time for.
     auto finish_late = [&](u32 round) {
-        const u32 token = token_of(round), slot = round % SLOTS;
+        const u32 token = token_of(round), slot = slot_of(round);
         if (token >= args.rows) return;
-        mbarrier_wait(full + slot * 8, round / SLOTS % 2);
+        mbarrier_wait(full + slot * 8, use_of(round) % 2);
         __syncwarp();
         finish(first_stripe + round * stripe_step, token, sums + slot * slot_bytes);
         mbarrier_arrive(empty + slot * 8);
@@ -261,7 +264,7 @@ DEVICE void gemv(const GemvArgs& args) {
 
 #pragma unroll 1
     for (u32 round = 0; round < rounds; ++round) {
-        const u32 stripe = first_stripe + round * stripe_step, slot = round % SLOTS;
+        const u32 stripe = first_stripe + round * stripe_step, slot = slot_of(round);
         begin(stripe, token_of(round));
         float acc[2][4] = {};
         const u32 count = stripe + warp_n < stripes ? part_units : 0;
@@ -280,7 +283,7 @@ DEVICE void gemv(const GemvArgs& args) {
 
         if (LATE) {
             if (round > 0) finish_late(round - 1);
-            if (round >= SLOTS) mbarrier_wait(empty + slot * 8, (round / SLOTS - 1) % 2), __syncwarp();
+            if (round >= slots) mbarrier_wait(empty + slot * 8, (use_of(round) - 1) % 2), __syncwarp();
         } else if (round > 0) {
             cluster_barrier(); // the sums of the round before have been added
         }
