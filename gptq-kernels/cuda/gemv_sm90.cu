@@ -156,7 +156,7 @@ DEVICE void gemv(const GemvArgs& args) {
     const u32 x_units = SLICES == 1 ? args.k_units : (args.k_units + SLICES - 1) / SLICES + 1, x_stride = x_units * 256 + 64;
     const u32 x_bytes = COLUMNS ? x_units * 2048 : args.rows * x_stride, x_place = (first_unit - x_first) * (COLUMNS ? 2048 : 256);
     const u32 sums = staged + x_bytes, slot_bytes = PARTS * args.rows * OWNED * 4, norm_sums = sums + slots * slot_bytes;
-    const u32 full = norm_sums + (BY_BLOCK ? args.rows * NORM_WARPS * 4 : 0), empty = full + slots * 8; // of the slots
+    const u32 full = norm_sums + (BY_BLOCK ? args.rows * NORM_WARPS * 4 : 0), empty = full + 16; // of the slots
     const u32 spare = full + 32 + lane % 8 * 16 + warp * 128;
 
     // The stream of units: all of the part's in one stripe, then in the next stripe of this warp.
@@ -180,7 +180,7 @@ DEVICE void gemv(const GemvArgs& args) {
     if (lane == 0) {
         for (u32 i = 0; i < DEPTH; ++i) mbarrier_init(barriers + i * 8, 1);
         if (LATE && warp == 0)
-            for (u32 i = 0; i < slots; ++i) mbarrier_init(full + i * 8, THREADS), mbarrier_init(empty + i * 8, args.rows * 32);
+            for (u32 i = 0; i < 2; ++i) mbarrier_init(full + i * 8, THREADS), mbarrier_init(empty + i * 8, args.rows * 32);
         fence_mbarrier_init();
     }
     __syncwarp();
