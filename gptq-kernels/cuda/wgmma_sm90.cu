@@ -20,20 +20,20 @@
 // Units that a block asks for before the kernel before this one has finished. More take the memory from that one.
 constexpr u32 AHEAD = 2;
 
-// Asymmetric fp16 too is faster with the codes of `unit.cuh`, by 4 % at 256 rows of 4096 x 4096.
-template <class Half, bool ASYM>
-struct FewCodes : Expander<Half> {};
-template <>
-struct FewCodes<Fp16, true> : Codes<Fp16> {};
+// Codes in units of one are faster for few tokens, by up to 2 %, those of `unit.cuh` for 64, by as much, and for asymmetric layers.
+template <class Half, bool ONE>
+struct FewCodes : Codes<Half> {};
+template <class Half>
+struct FewCodes<Half, true> : Expander<Half> {};
 
 // Pieces of a result: 16 features of the units from `feature` on, 8 tokens from `token` on. Lane l = 4 r + t has features r
-// and r + 8, tokens 2 t and 2 t + 1: `v` is (r, 2 t), (r, 2 t + 1), (r + 8, 2 t), (r + 8, 2 t + 1), in units of UNIT. Several at a time, so that
+// and r + 8, tokens 2 t and 2 t + 1: `v` is (r, 2 t), (r, 2 t + 1), (r + 8, 2 t), (r + 8, 2 t + 1), in units of `unit`. Several at a time, so that
 // their latencies overlap.
-template <class Half, bool ASYM, u32 COUNT>
-DEVICE void finish(const WgmmaArgs& args, const u32 (&feature)[COUNT], const u32 (&token)[COUNT], float (&v)[COUNT][4], u32 lane) {
+template <class Half, u32 COUNT>
+DEVICE void finish(const WgmmaArgs& args, float unit, const u32 (&feature)[COUNT], const u32 (&token)[COUNT], float (&v)[COUNT][4], u32 lane) {
 #pragma unroll
     for (u32 i = 0; i < COUNT; ++i)
-        for (u32 e = 0; e < 4; ++e) v[i][e] *= FewCodes<Half, ASYM>::UNIT;
+        for (u32 e = 0; e < 4; ++e) v[i][e] *= unit;
     if (args.bias != nullptr) {
 #pragma unroll
         for (u32 i = 0; i < COUNT; ++i) {
@@ -110,6 +110,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
     constexpr u32 STAGE = X_BYTES + (STRIPES * UNIT + 1023) / 1024 * 1024;
     // A batch of steps of 16 input features is expanded while the one before is multiplied.
     constexpr u32 BATCH = GROUPS == 4 ? 2 : STEPS_AT_ONCE, BATCHES = 8 / BATCH, PER_GROUP = BATCHES / GROUPS, R = N / 2;
+    using Few = FewCodes<Half, !ASYM && N < 64>;
     constexpr u32 PIECES = HALVES * WARPGROUPS * 4 * (N / 8), CONSUMERS = WARPGROUPS * 4;
     extern __shared__ __align__(1024) u8 shared_memory[];
 
@@ -186,22 +187,27 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
     float acc[HALVES][R], sum[SUMS][R], scale[2];
     u32 a[2][BATCH][4];
     uint4 codes;
+    u32 z = 0;
     Zero zero[2];
+    auto load_zeros = [&](u32 at, u32 h, u32 group) {
+        const u32 at_zeros = at + own_zeros + h * 2 * UNIT + group * 32;
+        z = !ASYM ? 0 : ZERO == 2 ? load_shared_4(at_zeros) : load_shared_2(at_zeros);
+    };
     // Batch `j` of the unit of feature half `h` in the stage at `at`.
-    auto expand = [&](u32 at, u32 h, u32 j, u32 (&out)[BATCH][4]) {
+    auto expand = [&](u32 at, u32 h, u32 j, u32 (&out)[BATCH][4], bool ahead = false) {
         const u32 group = j / PER_GROUP;
         if (BATCH == 4 || j % 2 == 0) codes = load_matrices(at + own_codes + h * 2 * UNIT + j * BATCH / 4 * 512);
-        // Kept for a group, but where that costs the order of instructions more.
+        if (j % PER_GROUP == 0 && !(N == 64 && ahead)) load_zeros(at, h, group);
+        // Kept for a group; where that costs the order of instructions more, the bytes that they come from.
         if (N == 64 || j % PER_GROUP == 0) {
-            const u32 at_zeros = at + own_zeros + h * 2 * UNIT + group * 32;
-            const u32 z = !ASYM ? 0 : ZERO == 2 ? load_shared_4(at_zeros) : load_shared_2(at_zeros);
-            zero[0] = FewCodes<Half, ASYM>::template zero<ASYM>(z, 0), zero[1] = FewCodes<Half, ASYM>::template zero<ASYM>(z, ZERO);
+            if (ASYM && N == 64) asm volatile("" : "+r"(z));
+            zero[0] = Few::template zero<ASYM>(z, 0), zero[1] = Few::template zero<ASYM>(z, ZERO);
         }
 #pragma unroll
         for (u32 s = 0; s < BATCH; ++s) {
             const u32 step = (j * BATCH + s) % 4, by = step / 2 * 8;
-            FewCodes<Half, ASYM>::expand(out[s][0], out[s][1], (step % 2 ? codes.z : codes.x) >> by, zero);
-            FewCodes<Half, ASYM>::expand(out[s][2], out[s][3], (step % 2 ? codes.w : codes.y) >> by, zero);
+            Few::expand(out[s][0], out[s][1], (step % 2 ? codes.z : codes.x) >> by, zero);
+            Few::expand(out[s][2], out[s][3], (step % 2 ? codes.w : codes.y) >> by, zero);
         }
     };
     auto add = [&](float (&to)[R], float (&from)[R]) {
@@ -240,6 +246,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
                     Wgmma<N>::run(Half(), sum[which], a[b % 2][s], operand + (step / 4) * (N * 128 / 16) + step % 4 * 2, !(opens && s == 0));
                 }
                 wgmma_commit();
+                if (N == 64 && !last && closes) load_zeros(at, (b + 1) / BATCHES, (b + 1) % BATCHES / PER_GROUP);
                 wgmma_wait<1>();
                 // Late, so that the tensor core has work meanwhile.
                 if (b == 0 && i > 0) mbarrier_arrive(before);
@@ -248,7 +255,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
                     const u32 pair = load_shared_4(at + own_scales + h * 2 * UNIT + group % GROUPS * 64);
                     scale[0] = Fp16::to_float((u16)pair), scale[1] = Fp16::to_float((u16)(pair >> 16));
                 }
-                if (!last) expand(at, (b + 1) / BATCHES, (b + 1) % BATCHES, a[(b + 1) % 2]);
+                if (!last) expand(at, (b + 1) / BATCHES, (b + 1) % BATCHES, a[(b + 1) % 2], true);
                 else if (i + 1 < count) {
                     mbarrier_wait(barriers + stage * 16, parity);
                     expand(ring + stage * STAGE, 0, 0, a[0]);
@@ -279,7 +286,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
                     of[t] = piece_feature(warp, start / (N / 8)), at[t] = token + (start % (N / 8) + t) * 8;
                     for (u32 e = 0; e < 4; ++e) v[t][e] = acc[0][t * 4 + e];
                 }
-                finish<Half, ASYM>(args, of, at, v, lane);
+                finish<Half>(args, Few::UNIT, of, at, v, lane);
                 rotate();
             }
             continue;
@@ -324,7 +331,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
                     v[t][2] += __uint_as_float(part.z), v[t][3] += __uint_as_float(part.w);
                 }
             }
-            finish<Half, ASYM>(args, of, at, v, lane);
+            finish<Half>(args, Few::UNIT, of, at, v, lane);
         }
     }
 }
