@@ -194,10 +194,8 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
         z = !ASYM ? 0 : ZERO == 2 ? load_shared_4(at_zeros) : load_shared_2(at_zeros);
     };
     // Batch `j` of the unit of feature half `h` in the stage at `at`.
-    auto expand = [&](u32 at, u32 h, u32 j, u32 (&out)[BATCH][4], bool ahead = false) {
-        const u32 group = j / PER_GROUP;
+    auto expand = [&](u32 at, u32 h, u32 j, u32 (&out)[BATCH][4]) {
         if (BATCH == 4 || j % 2 == 0) codes = load_matrices(at + own_codes + h * 2 * UNIT + j * BATCH / 4 * 512);
-        if (j % PER_GROUP == 0 && !(N == 64 && ahead)) load_zeros(at, h, group);
         // Kept for a group; where that costs the order of instructions more, the bytes that they come from.
         if (N == 64 || j % PER_GROUP == 0) {
             if (ASYM && N == 64) asm volatile("" : "+r"(z));
@@ -226,6 +224,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
         for (u32 s = 0; s < SUMS; ++s)
             for (u32 e = 0; e < R; ++e) sum[s][e] = 0.0f;
         mbarrier_wait(barriers + stage * 16, parity);
+        load_zeros(ring + stage * STAGE, 0, 0);
         expand(ring + stage * STAGE, 0, 0, a[0]);
         u32 empty = 0;
 #pragma unroll 1
@@ -246,7 +245,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
                     Wgmma<N>::run(Half(), sum[which], a[b % 2][s], operand + (step / 4) * (N * 128 / 16) + step % 4 * 2, !(opens && s == 0));
                 }
                 wgmma_commit();
-                if (N == 64 && !last && closes) load_zeros(at, (b + 1) / BATCHES, (b + 1) % BATCHES / PER_GROUP);
+                if (!last && closes) load_zeros(at, (b + 1) / BATCHES, (b + 1) % BATCHES / PER_GROUP);
                 wgmma_wait<1>();
                 // Late, so that the tensor core has work meanwhile.
                 if (b == 0 && i > 0) mbarrier_arrive(before);
@@ -255,9 +254,10 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
                     const u32 pair = load_shared_4(at + own_scales + h * 2 * UNIT + group % GROUPS * 64);
                     scale[0] = Fp16::to_float((u16)pair), scale[1] = Fp16::to_float((u16)(pair >> 16));
                 }
-                if (!last) expand(at, (b + 1) / BATCHES, (b + 1) % BATCHES, a[(b + 1) % 2], true);
+                if (!last) expand(at, (b + 1) / BATCHES, (b + 1) % BATCHES, a[(b + 1) % 2]);
                 else if (i + 1 < count) {
                     mbarrier_wait(barriers + stage * 16, parity);
+                    load_zeros(ring + stage * STAGE, 0, 0);
                     expand(ring + stage * STAGE, 0, 0, a[0]);
                 }
                 if (SUMS == 1 ? closes : last) {
