@@ -63,15 +63,14 @@ struct Scale<Fp16> {
     DEVICE u32 times(u32 value) const { return Fp16::fma2(value, pair, 0x80008000u); }
 };
 
-// A scale has more bits than bfloat16: it is the sum of two.
+// A scale has more bits than bfloat16: it is the sum of two, its upper eight bits and the three that are left.
 template <>
 struct Scale<Bf16> {
     u32 high, low;
     DEVICE Scale() {}
     DEVICE Scale(u32 bits, u32) {
-        const float value = Fp16::to_float((u16)bits);
-        const u16 upper = Bf16::from_float(value);
-        high = upper * 0x00010001u, low = Bf16::from_float(value - Bf16::to_float(upper)) * 0x00010001u;
+        const float value = Fp16::to_float((u16)bits), upper = __uint_as_float(__float_as_uint(value) & 0xFFFF0000u);
+        high = __byte_perm(__float_as_uint(upper), 0, 0x3232), low = __byte_perm(__float_as_uint(value - upper), 0, 0x3232);
     }
     DEVICE u32 times(u32 value) const { return Bf16::fma2(value, high, Bf16::fma2(value, low, 0x80008000u)); }
 };

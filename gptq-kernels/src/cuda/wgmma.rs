@@ -260,8 +260,8 @@ impl<T: Element> LinearKernel<CudaDevice<T>> for Wgmma<T> {
         };
         let steps = spec.in_features.div_ceil(16) + spec.in_features.div_ceil(group_size.max(1));
         let many = 17 * 2 * steps + 3;
-        // For bfloat16 the product with the lesser part of a scale is rounded too.
-        let weight = T::UNIT * (1.0 + 2.0 * T::UNIT);
+        // For bfloat16 the product with the lesser part of a scale, less than 2 units of it, is rounded too.
+        let weight = T::UNIT * (1.0 + 3.0 * T::UNIT);
         let bound = ErrorBound::float32(few.max(many)).with_activation_error(weight);
         output_bound::<T>(prologue_bound::<T>(bound, spec))
     }
