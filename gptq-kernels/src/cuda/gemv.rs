@@ -28,6 +28,7 @@
 //! | codes in the upper half of a byte as very small numbers instead of shifted ones | bf16 3.5 / 7.0 / 7.1 / 30.0, was 3.8 / 7.4 / 7.2 / 30.5; fp16 as before | 32 of 257 instructions of bf16; now both types have the same |
 //! | a slot of the ring is refilled when its unit is in registers, and a round finished one round later, without a barrier; rings of 2 for all | 3.5 / 7.0 / 7.15 / 29.5; eight rows 4.5 / 7.9 / - / -, were 4.6 / 8.3 | a round takes 1.7 in a block that is alone on the GPU, weights in L2: expected 1.3; found 1.6, which shows where bytes are not the limit: eight rows, and 8192 x 28672 |
 //! | asym: zeros by a permutation of bytes; units of 2176 bytes instead of 2144, so that they begin at multiples of 64 | asym 3.6 / 7.2 / 7.1 / 30.1, was 3.6 / 7.2 / 7.5 / 31.7 | found by chance: groups of 64, whose units have 2176 bytes, were faster on 8192 x 28672 than asymmetric ones of 2144 |
+//! | eight rows of 8192 features in a block: what only norms need left out, and one slot for sums where two do not fit | as before; eight rows of 8192 x 28672 32.1, asym 33.3, were 41.1 and 41.6 | 32, as before there were two slots |
 //!
 //! Not taken: codes as subnormal halves, without a subtraction, the zero point as a multiple of the sum of x over a group
 //! that the tensor core adds up (64 of 225 instructions less, expected -0.5; found +0.3 on 4096 x 4096 and -0.2 on
@@ -43,12 +44,12 @@
 //! costs beside its own arithmetic: 1.0 for one row of 4096 features, about what its own kernel costs in a chain, whose wait the
 //! next layer's first weights fill. So a decoder gains nothing by the prologue (`benches/RESULTS-llama-cuda.md`).
 //!
-//! What limits it: instructions, more than bytes. With the weights in L2 the layers take 3.4 / 6.5 / 6.0 / 29.2, that is 0.1 to 1.2 us less, and
-//! a block that has the GPU for itself takes 2.8, 6.2 and 11.4 for one, three and six rounds of 4096 input features: 1.7 a round, which
-//! is what all blocks together take of L2, and 0.4 less than the memory needs. In that time the schedulers issue 0.6 instructions a
-//! cycle, 222 for 128 weights a thread, of which 100 are integer ones, at half rate (ncu: integer pipe 51 %, tensor core 7 %). So to fetch weights
-//! into L2 ahead gains little. Microseconds of all four layers, norms and attention of 32 layers of 7B in one graph, where these took
-//! 1225 to 1249 without:
+//! What limits it: neither bytes nor instructions alone, but the way from a layer's last block to the next layer's first product. With the weights in
+//! L2 the layers take 3.4 / 6.5 / 6.0 / 29.2, that is 0.1 to 1.2 us less, and a block that has the GPU for itself takes 2.8, 6.2 and 11.4 for one,
+//! three and six rounds of 4096 input features: 1.7 a round, which is what all blocks together take of L2, and 0.4 less than the memory needs. In
+//! that time the schedulers issue 0.6 instructions a cycle, 222 for 128 weights a thread, of which 100 are integer ones, at half rate (ncu: integer
+//! pipe 51 %, tensor core 7 %). Half of the instructions gain nothing all the same (digits, below). So to fetch weights into L2 ahead gains little.
+//! Microseconds of all four layers, norms and attention of 32 layers of 7B in one graph, where these took 1225 to 1249 without:
 //!
 //! | weights fetched into L2 ahead | expected | found |
 //! |---|---|---|
@@ -64,12 +65,15 @@
 //! multiprocessor with 56 to 62 registers (4.5 / 7.4 / 10.2 / 29.9, and 1.7 ms for the 32 layers); two units ahead of the wait where
 //! attention or a norm leaves time for it (nothing).
 //!
-//! What would help is fewer instructions. Compiled, never run: x in fp16 is 41 bits of fixed point, six signed digits of 8 bits, which are
-//! six of the eight columns that `mma.m16n8k32.s32.u8.s8` has for one row. Codes are then its operand by one mask for each four, `w &
-//! 0x0F0F0F0F` for the features r and `w & 0xF0F0F0F0`, sixteen times the code, for r + 8, in the order in which they lie; sums in a group are
-//! exact. It takes 117 instructions instead of 225 for 128 weights a thread and 62 registers instead of 79, but some 110 to make digits of 128
-//! elements of x, once a warp: so it should gain where a block walks over two stripes or more. Each further row takes 30 more, and bf16 has too
-//! many exponents.
+//! Nor x as digits: x in fp16 is 41 bits of fixed point, six signed digits of 8 bits, which are six of the eight columns that `mma.m16n8k32.s32.u8.s8`
+//! has for one row. Codes are then its operand by one mask for each four, `w & 0x0F0F0F0F` for the features r and `w & 0xF0F0F0F0`, sixteen times the
+//! code, for r + 8, in the order in which they lie; sums in a group are exact, and it passes the battery. 117 instructions instead of 225 for 128
+//! weights a thread, 56 registers instead of 71, and some 80 to make digits of 128 elements of x, once a warp. Expected 6.7 for q, k and v of 7B and 11.5 for
+//! gate and up; found 7.6 and 12.9, where this takes 7.6 and 13.0, and 4.3 / 6.9 / 8.5 / 30.3 for the four shapes. With those 56 registers a second
+//! block waits beside each, which costs as much again (5.0 / 7.1 / 8.4 / 30.3, and 598 tokens/s of 7B instead of 770) unless memory is asked for that it
+//! does not need.
+//!
+//! Nor layers one after the other in one kernel that stays on the GPU: `benches/RESULTS-llama-cuda.md`.
 
 use std::marker::PhantomData;
 
