@@ -324,7 +324,8 @@ fn a_prologue_gives_the_bits_of_the_norm() {
         Layer::new(4096, 96),
         Layer::new(640, 96),
         Layer::new(203, 40),
-        Layer::new(8192, 64),
+        // Eight rows leave room for one slot of sums, which blocks use several times.
+        Layer::new(8192, ROUNDS),
         // Longer than what threads hold.
         Layer::new(14336, 64),
         Layer { act_order: true, ..Layer::new(4096, 64) },
@@ -334,6 +335,32 @@ fn a_prologue_gives_the_bits_of_the_norm() {
     for layer in layers {
         same_bits_as_norm::<f16>(&layer);
         same_bits_as_norm::<bf16>(&layer);
+    }
+}
+
+/// Outputs that 132 blocks of the GEMV do in three rounds.
+const ROUNDS: usize = 8600;
+
+/// The sums of a round lie in one of two slots, or in the only one if rows of x leave no room for more, as eight do here.
+#[test]
+fn eight_rows_have_the_bits_of_each_alone() {
+    for act_order in [false, true] {
+        let layer = Layer { act_order, ..Layer::new(8192, ROUNDS) };
+        let mut ran = 0;
+        each::<f16>(&layer, |device, kernel, packed| {
+            if kernel.name() != "cuda-gemv-sm90" {
+                return;
+            }
+            let (inputs, outputs, mut random) = (packed.in_features(), packed.out_features(), Random(31));
+            let all = Running::new(device, kernel, packed, 8, |_| random.symmetric()).unwrap();
+            let expected = all.forward().unwrap();
+            for (x, y) in all.x_host.chunks(inputs).zip(expected.chunks(outputs)) {
+                let one = Running::new(device, kernel, packed, 1, |i| x[i]).unwrap();
+                assert_eq!(one.forward().unwrap(), y, "{layer:?}");
+                ran += 1;
+            }
+        });
+        println!("{layer:?}: {ran} rows compared");
     }
 }
 
