@@ -28,7 +28,7 @@ struct GemvArgs {
     u32 padded;           // there are places without a column
     u32 columns;          // n, or half of the features without padding for SILU_MUL
     u32 epilogue;         // STORE, ADD or SILU_MUL
-    u32 slots;            // for sums of rounds: 2 if they fit, 1 in clusters
+    u32 slots;            // for sums of rounds: 2 if they fit, otherwise and in clusters 1
     float eps;            // of the norm
 };
 

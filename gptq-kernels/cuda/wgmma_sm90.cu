@@ -187,7 +187,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
     float acc[HALVES][R], sum[SUMS][R], scale[2];
     u32 a[2][BATCH][4];
     uint4 codes;
-    u32 z = 0;
+    u32 z = 0; // bytes of the group's zeros
     Zero zero[2];
     auto load_zeros = [&](u32 at, u32 h, u32 group) {
         const u32 at_zeros = at + own_zeros + h * 2 * UNIT + group * 32;
@@ -196,7 +196,7 @@ DEVICE void wgmma_linear(const TensorMap& x, const WgmmaArgs& args) {
     // Batch `j` of the unit of feature half `h` in the stage at `at`.
     auto expand = [&](u32 at, u32 h, u32 j, u32 (&out)[BATCH][4]) {
         if (BATCH == 4 || j % 2 == 0) codes = load_matrices(at + own_codes + h * 2 * UNIT + j * BATCH / 4 * 512);
-        // Kept for a group; where that costs the order of instructions more, the bytes that they come from.
+        // Kept for a group. Where that costs the order of instructions more, the bytes are, which the compiler must not take for the same.
         if (N == 64 || j % PER_GROUP == 0) {
             if (ASYM && N == 64) asm volatile("" : "+r"(z));
             zero[0] = Few::template zero<ASYM>(z, 0), zero[1] = Few::template zero<ASYM>(z, ZERO);
