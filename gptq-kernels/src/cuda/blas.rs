@@ -13,7 +13,7 @@ use cudarc::{
     driver::{CudaContext, sys::CUstream},
 };
 
-use super::driver::gpu_error;
+use super::failure::gpu_error;
 use crate::{KernelError, Unsupported};
 
 /// Whether the library can be loaded. cudarc panics where a library is missing, so nothing else may be called before.

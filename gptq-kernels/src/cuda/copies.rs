@@ -2,7 +2,7 @@
 
 use cudarc::driver::{CudaStream, result, sys};
 
-use super::driver::gpu_error;
+use super::failure::gpu_error;
 use crate::KernelError;
 
 /// A matrix in memory: address, and distance of rows in bytes.

@@ -7,8 +7,9 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use super::{
-    driver::{gpu_error, message, zeros},
-    module::Images,
+    driver::zeros,
+    failure::{gpu_error, message},
+    images::Images,
     ops::Operations,
     single,
 };

@@ -1,50 +1,14 @@
 //! What the driver API needs around it: functions, launches, and memory of a prepared layer.
 
-use std::{
-    ffi::{CStr, c_void},
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{ffi::c_void, sync::Arc};
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits, sys};
 
-use super::module::Module;
+use super::{
+    failure::{gpu_error, launching},
+    module::Module,
+};
 use crate::KernelError;
-
-/// The kernel that was launched last, by any thread: what is to blame, or came after it, if the GPU reports a failure later.
-static LAST_LAUNCH: Mutex<&'static str> = Mutex::new("none");
-
-/// An error of the driver while `during` was being done. One of a kernel that ran before is told with the last kernel's name.
-pub(super) fn gpu_error(during: &'static str, error: DriverError) -> KernelError {
-    use sys::CUresult as E;
-    let of_a_kernel = matches!(
-        error.0,
-        E::CUDA_ERROR_LAUNCH_FAILED
-            | E::CUDA_ERROR_LAUNCH_TIMEOUT
-            | E::CUDA_ERROR_ILLEGAL_ADDRESS
-            | E::CUDA_ERROR_ILLEGAL_INSTRUCTION
-            | E::CUDA_ERROR_MISALIGNED_ADDRESS
-            | E::CUDA_ERROR_INVALID_ADDRESS_SPACE
-            | E::CUDA_ERROR_INVALID_PC
-            | E::CUDA_ERROR_HARDWARE_STACK_ERROR
-            | E::CUDA_ERROR_ASSERT
-    );
-    let message = match of_a_kernel {
-        true => {
-            let last = *LAST_LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
-            format!("{}; the last kernel launched is {last}", message(error))
-        }
-        false => message(error),
-    };
-    KernelError::Gpu { during, message }
-}
-
-/// What the driver calls an error, and how it explains it.
-pub(super) fn message(error: DriverError) -> String {
-    let text = |text: Result<&CStr, DriverError>| {
-        text.map_or_else(|_| format!("error {}", error.0 as u32), |text| text.to_string_lossy().into_owned())
-    };
-    format!("{}, {}", text(error.error_name()), text(error.error_string()))
-}
 
 /// Memory of `len` zeros; the driver allocates no empty memory, so that there is always one element.
 pub(super) fn zeros<E: DeviceRepr + ValidAsZeroBits>(
@@ -175,10 +139,7 @@ impl Function {
         parameters: &mut [*mut c_void],
     ) -> Result<(), KernelError> {
         self.module.context.bind_to_thread().map_err(|error| gpu_error(name, error))?;
-        // Of two that are launched at once either may be the last.
-        if let Ok(mut last) = LAST_LAUNCH.try_lock() {
-            *last = name;
-        }
+        launching(name);
         // SAFETY: the attribute is plain data for which all zeros are valid.
         let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
         let mut count = 0;

@@ -4,7 +4,7 @@ use std::{ffi::c_void, ptr::NonNull, sync::Arc};
 
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, result, sys};
 
-use super::driver::{gpu_error, zeros};
+use super::{driver::zeros, failure::gpu_error};
 use crate::KernelError;
 
 /// Page-locked words, and an event that tells when the last copy that uses them has ended.

@@ -27,7 +27,7 @@ pub use step::SingleStep;
 use super::{
     CudaDevice, CudaRef, CudaRope,
     driver::{Function, Launch},
-    module::get_or_load,
+    images::get_or_load,
 };
 use crate::{
     AttentionShape, Backend, DenseWeight, Device, KernelError, KvShape, LinearKernel, MatMut, MatRef,

@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaStream, sys};
 
-use super::driver::gpu_error;
+use super::failure::gpu_error;
 use crate::KernelError;
 
 /// Seconds of each of `count` replays of `work` as a CUDA graph, by the GPU's own clock: without what it takes the host to

@@ -21,10 +21,11 @@ use gptq_format::PackedLinear;
 
 use super::{
     CudaBuffer, CudaDevice, Element,
-    driver::{Function, Launch, gpu_error},
+    driver::{Function, Launch},
+    failure::gpu_error,
     gemv::{self, Gemv, GemvLinear, prologue_bound},
+    images::get_or_load,
     marlin::ticket,
-    module::get_or_load,
     plain::output_bound,
     units::{DEPTH, Units},
 };

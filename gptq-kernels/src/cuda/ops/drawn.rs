@@ -4,10 +4,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 use crate::{
     KernelError,
-    cuda::{
-        driver::{gpu_error, zeros},
-        pinned::Pinned,
-    },
+    cuda::{driver::zeros, failure::gpu_error, pinned::Pinned},
 };
 
 /// Outputs for which there is room from the start.

@@ -6,7 +6,7 @@ use crate::{
     cuda::{
         CudaDevice, Element,
         driver::{Function, Launch},
-        module::get_or_load,
+        images::get_or_load,
         pinned::Readback,
     },
 };

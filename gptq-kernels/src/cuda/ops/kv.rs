@@ -5,10 +5,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use super::{expect_below, step::PAGE_LEN};
 use crate::{
     AttentionShape, KernelError, KvFormat, KvShape,
-    cuda::{
-        Element,
-        driver::{gpu_error, zeros},
-    },
+    cuda::{Element, driver::zeros, failure::gpu_error},
 };
 
 /// Features of a head that attention kernels are made for; other heads are padded with zeros to the next.

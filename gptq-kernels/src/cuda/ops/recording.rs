@@ -3,7 +3,7 @@ use std::{collections::HashMap, sync::Arc};
 use cudarc::driver::{CudaGraph, CudaStream, sys};
 
 use super::step::{CudaStep, StepShape};
-use crate::{KernelError, cuda::driver::gpu_error};
+use crate::{KernelError, cuda::failure::gpu_error};
 
 /// Shapes of steps that are remembered; a server that meets more of them records some of them again.
 const MOST: usize = 256;

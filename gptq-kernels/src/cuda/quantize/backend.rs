@@ -4,7 +4,7 @@ use gptq_core::GptqConfig;
 use super::{CudaHostBytes, CudaQuantizer};
 use crate::{
     DenseType, Device, KernelError,
-    cuda::{Activation, CudaDevice, CudaMut, CudaRef, Element, driver::gpu_error},
+    cuda::{Activation, CudaDevice, CudaMut, CudaRef, Element, failure::gpu_error},
     quantize::{DeviceMemory, QuantizeBackend, QuantizeError},
 };
 

@@ -6,7 +6,7 @@ use cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, HostSlice, ValidAsZeroBits, sys,
 };
 
-use crate::{KernelError, cuda::driver::gpu_error};
+use crate::{KernelError, cuda::failure::gpu_error};
 
 /// Elements on the device, freed in the order of the stream.
 pub(super) struct Memory<E> {

@@ -7,7 +7,8 @@ use crate::{
     AttentionShape, KernelError, KvFormat, KvShape, MatMut, MatRef,
     cuda::{
         CudaDevice, CudaRope,
-        driver::{Function, gpu_error, zeros},
+        driver::{Function, zeros},
+        failure::gpu_error,
     },
     matrix::expect_shape,
 };

@@ -5,7 +5,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use crate::{
     KernelError, StepPlan,
     cpu::ops::CpuStep,
-    cuda::driver::{gpu_error, zeros},
+    cuda::{driver::zeros, failure::gpu_error},
     matrix::expect_shape,
 };
 
