@@ -18,8 +18,9 @@ use super::{
     identity::Identity,
     journal::{self, Journal, OutputError, Records},
     plan::Plan,
+    record::Finished,
     round, run,
-    store::{Finished, Resumed, Store},
+    store::{Resumed, Store},
 };
 use crate::{
     Layer, LlamaConfig, LlamaError, ModelWriter, TokenRows, Watch, WeightSource,

@@ -33,8 +33,7 @@ use sha2::{Digest, Sha256};
 use super::{
     LayerSummary,
     identity::{Identity, hex},
-    record,
-    store::Finished,
+    record::{self, Finished},
     summary::Entry,
 };
 use crate::{Layer, LlamaError};

@@ -9,6 +9,16 @@ use half::f16;
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 
+use super::LayerSummary;
+
+/// A quantised layer.
+pub(super) struct Finished {
+    pub(super) packed: PackedLinear,
+    /// As the solver has them, `(out_features, groups)`; the packed ones are rounded to half precision.
+    pub(super) scales: Array2<f32>,
+    pub(super) summary: LayerSummary,
+}
+
 /// The sizes, before the numbers.
 #[derive(Serialize, Deserialize)]
 struct Head {

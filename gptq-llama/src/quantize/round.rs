@@ -3,10 +3,8 @@
 use gptq_core::rtn;
 
 use super::{
-    LayerSummary, QuantizeOptions, QuantizeReport,
-    original::Original,
-    plan::Plan,
-    store::{Finished, Store},
+    LayerSummary, QuantizeOptions, QuantizeReport, original::Original, plan::Plan, record::Finished,
+    store::Store,
 };
 use crate::{LlamaConfig, LlamaError, Module, Watch, WeightSource, progress::Reporter};
 

@@ -16,9 +16,9 @@ use super::{
     layer::Stage,
     original::Original,
     quantizers::in_module,
+    record::Finished,
     room::with_room,
     state::{PARTS, Run},
-    store::Finished,
 };
 use crate::{
     Layer, LlamaError,

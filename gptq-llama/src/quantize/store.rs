@@ -1,9 +1,8 @@
 use std::{collections::HashMap, path::Path, sync::mpsc::SyncSender};
 
-use gptq_format::PackedLinear;
 use ndarray::Array2;
 
-use super::{LayerSink, LayerSummary, journal::Records};
+use super::{LayerSink, LayerSummary, journal::Records, record::Finished};
 use crate::{Layer, LlamaError};
 
 /// Where finished layers go, and where those of an earlier run come from.
@@ -20,14 +19,6 @@ pub(super) trait Store {
 
     /// Takes a finished layer.
     fn put(&mut self, finished: Finished) -> Result<(), LlamaError>;
-}
-
-/// A quantised layer.
-pub(super) struct Finished {
-    pub(super) packed: PackedLinear,
-    /// As the solver has them, `(out_features, groups)`; the packed ones are rounded to half precision.
-    pub(super) scales: Array2<f32>,
-    pub(super) summary: LayerSummary,
 }
 
 /// Hands layers to a caller and remembers nothing.
