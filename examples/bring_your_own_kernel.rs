@@ -100,7 +100,7 @@ impl Linear<Cpu> for MyLinear {
         mut y: MatMut<'_, Cpu>,
         _: &mut Workspace<Cpu>,
     ) -> Result<(), KernelError> {
-        cpu::check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let stride = y.row_stride();
         for (row, y) in y.data().chunks_mut(stride.max(1)).take(x.rows()).enumerate() {
             let x = &x.data()[row * x.row_stride()..][..self.spec.in_features];

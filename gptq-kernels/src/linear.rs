@@ -52,6 +52,22 @@ impl LinearSpec {
         }
     }
 
+    /// Compares `x` and `y` with the layer: the first thing that [`forward`](Linear::forward) does.
+    ///
+    /// Errors: [`KernelError::Shape`].
+    pub fn check_operands<D: Device>(&self, x: &MatRef<'_, D>, y: &MatMut<'_, D>) -> Result<(), KernelError> {
+        let shape = |argument, rows, cols, got_rows, got_cols| {
+            Err(KernelError::Shape { argument, rows, cols, got_rows, got_cols })
+        };
+        if x.cols() != self.in_features {
+            return shape("x", x.rows(), self.in_features, x.rows(), x.cols());
+        }
+        if y.cols() != self.y_features() || y.rows() != x.rows() {
+            return shape("y", x.rows(), self.y_features(), y.rows(), y.cols());
+        }
+        Ok(())
+    }
+
     /// An error unless the layer multiplies `x` as it is: what kernels without prologues ask in
     /// [`supports`](LinearKernel::supports).
     pub fn only_loads(&self) -> Result<(), Unsupported> {

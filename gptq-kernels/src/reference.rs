@@ -9,8 +9,7 @@ use gptq_format::PackedLinear;
 
 use crate::{
     DenseWeight, Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
-    Unsupported, Workspace,
-    cpu::{Cpu, check_operands},
+    Unsupported, Workspace, cpu::device::Cpu,
 };
 
 /// A weight in float32, where it is exact, with its bias.
@@ -157,7 +156,7 @@ impl Linear<Cpu> for Reference {
         mut y: MatMut<'_, Cpu>,
         _: &mut Workspace<Cpu>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let (x_stride, y_stride) = (x.row_stride(), y.row_stride());
         let y = y.data();
         for row in 0..x.rows() {

@@ -8,7 +8,7 @@ use gptq_format::PackedLinear;
 use rayon::prelude::*;
 
 use super::{
-    Cpu, check_operands,
+    Cpu,
     columns::{Columns, Rows, for_each_range},
     float::{bias_of, each_block, most_segments, write},
     layout::{BLOCK, Line, Packed, SEGMENT, Segment, TILES},
@@ -317,7 +317,7 @@ impl Linear<Cpu> for AmxLinear {
         y: MatMut<'_, Cpu>,
         workspace: &mut Workspace<Cpu>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let scratch = workspace.take(self.workspace_len(x.rows()))?;
         if x.rows() == 0 {
             return Ok(());

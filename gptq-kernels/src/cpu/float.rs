@@ -1,7 +1,7 @@
 use gptq_format::PackedLinear;
 
 use super::{
-    Cpu, check_operands,
+    Cpu,
     columns::{Columns, Rows, for_each_range},
     direct::DirectArgs,
     format::{Bf16, Bytes, F16, F32, Format, Narrow},
@@ -118,7 +118,7 @@ impl<S: Simd> Linear<Cpu> for FloatLinear<S> {
         y: MatMut<'_, Cpu>,
         workspace: &mut Workspace<Cpu>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let scratch = workspace.take(self.workspace_len(x.rows()))?;
         let x = match &self.packed.order {
             None => Rows::new(x),

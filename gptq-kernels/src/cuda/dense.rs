@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     DenseData, DenseWeight, ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef,
-    Unsupported, WeightFormat, Workspace, cpu::check_operands,
+    Unsupported, WeightFormat, Workspace,
 };
 
 pub(super) const NAME: &str = "cuda-dense";
@@ -375,7 +375,7 @@ impl<T: Element> Linear<CudaDevice<T>> for DenseLinear<T> {
         y: MatMut<'_, CudaDevice<T>>,
         workspace: &mut Workspace<CudaDevice<T>>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         match &self.blas {
             Some((blas, scratch)) if x.rows() > ROWS => self.many(blas, *scratch, &x, y, workspace),
             _ => self.passes(&x, y),

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
-    WeightFormat, Workspace, cpu::check_operands,
+    WeightFormat, Workspace,
 };
 
 pub(super) const NAME: &str = "cuda-exllama";
@@ -229,7 +229,7 @@ impl<T: Element> Linear<CudaDevice<T>> for ExllamaLinear<T> {
         y: MatMut<'_, CudaDevice<T>>,
         _: &mut Workspace<CudaDevice<T>>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let (rows, x_stride, y_stride) = (x.rows(), x.row_stride(), y.row_stride());
         let (x, y) = (x.data(), y.into_data());
         let x_vectors = x.address().is_multiple_of(8) && (rows <= 1 || x_stride.is_multiple_of(4));

@@ -87,7 +87,7 @@ use super::{
 };
 use crate::{
     Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Prologue,
-    RmsNorm, Span, Unsupported, WeightFormat, Workspace, cpu::check_operands,
+    RmsNorm, Span, Unsupported, WeightFormat, Workspace,
 };
 
 pub(super) const NAME: &str = "cuda-gemv-sm90";
@@ -442,7 +442,7 @@ impl<T: Element> Linear<CudaDevice<T>> for GemvLinear<T> {
         y: MatMut<'_, CudaDevice<T>>,
         _: &mut Workspace<CudaDevice<T>>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let (rows, x_stride, y_stride) = (x.rows(), x.row_stride(), y.row_stride());
         let (x, y) = (x.data(), y.into_data());
         let size = size_of::<T>();

@@ -45,7 +45,7 @@ use super::{
 };
 use crate::{
     Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported,
-    WeightFormat, Workspace, cpu::check_operands,
+    WeightFormat, Workspace,
 };
 
 pub(super) const NAME: &str = "cuda-marlin";
@@ -249,7 +249,7 @@ impl<T: Element> Linear<CudaDevice<T>> for MarlinLinear<T> {
         y: MatMut<'_, CudaDevice<T>>,
         workspace: &mut Workspace<CudaDevice<T>>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let (rows, x_stride, y_stride) = (x.rows(), x.row_stride(), y.row_stride());
         let len = self.workspace_len(rows);
         let scratch = workspace.take(len)?.address();

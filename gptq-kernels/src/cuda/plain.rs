@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     ErrorBound, KernelError, Linear, LinearKernel, LinearSpec, MatMut, MatRef, Unsupported, WeightFormat,
-    Workspace, cpu::check_operands,
+    Workspace,
 };
 
 pub(super) const NAME: &str = "cuda-plain";
@@ -139,7 +139,7 @@ impl<T: Element> Linear<CudaDevice<T>> for PlainLinear<T> {
         y: MatMut<'_, CudaDevice<T>>,
         _: &mut Workspace<CudaDevice<T>>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let (rows, x_stride, y_stride) = (x.rows(), x.row_stride(), y.row_stride());
         let (x, y) = (x.data(), y.into_data());
         // A grid has at most 65535 blocks along y.

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     Backend, Device, Epilogue, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec, MatMut,
-    MatRef, Span, Unsupported, WeightFormat, Workspace, cpu::check_operands,
+    MatRef, Span, Unsupported, WeightFormat, Workspace,
 };
 use many::{Factor, Many};
 use plan::{Extent, FEW_ROWS, MOST_SLICES, Tokens};
@@ -477,7 +477,7 @@ impl<T: Element> Linear<CudaDevice<T>> for WgmmaLinear<T> {
         if x.rows() <= gemv::ROWS {
             return self.gemv.forward(x, y, workspace);
         }
-        check_operands(self.spec(), &x, &y)?;
+        self.spec().check_operands(&x, &y)?;
         let rest = self.rest()?;
         let class = rest.class(x.rows());
         let mut scratch = workspace.take(self.workspace_len(x.rows()))?;

@@ -31,7 +31,6 @@ use super::{IMAGE, MOST_BLOCKS, elements::elementwise, launch};
 use crate::{
     DenseData, DenseType, DenseWeight, ErrorBound, Fusion, KernelError, Linear, LinearKernel, LinearSpec,
     MatMut, MatRef, Unsupported, Workspace,
-    cpu::check_operands,
     cuda::{
         CudaDevice,
         blas::{self, Blas, Operand, Scratch},
@@ -256,7 +255,7 @@ impl Linear<CudaDevice<f32>> for SplitLinear {
         mut y: MatMut<'_, CudaDevice<f32>>,
         workspace: &mut Workspace<CudaDevice<f32>>,
     ) -> Result<(), KernelError> {
-        check_operands(&self.spec, &x, &y)?;
+        self.spec.check_operands(&x, &y)?;
         let (rows, n, k, width) = (x.rows(), self.spec.out_features, self.spec.in_features, self.width);
         if rows == 0 {
             return Ok(());
