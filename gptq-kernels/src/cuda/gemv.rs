@@ -123,6 +123,9 @@ struct Variant {
     parts: usize,
     /// Units in the ring of a warp.
     depth: usize,
+    /// Rounds whose sums there is room for, 1 or 2: with two, no warp of a block that has all parts waits for another at the end of a
+    /// round.
+    slots: usize,
 }
 
 /// How x lies in shared memory: see `gemv_stage.cuh`.
@@ -132,11 +135,10 @@ enum Layout {
     Columns,
 }
 
-const WHOLE: Variant = Variant { shape: "1x16_2", stripes: 1, parts: 16, depth: 2 };
-const PAIRED: Variant = Variant { shape: "2x8_2", stripes: 2, parts: 8, depth: 2 };
-/// From the fastest on, each with its slots for sums: with two, no warp of a block that has all parts waits for another at the end of a
-/// round.
-const VARIANTS: [(Variant, usize); 3] = [(WHOLE, 2), (WHOLE, 1), (PAIRED, 1)];
+const WHOLE: Variant = Variant { shape: "1x16_2", stripes: 1, parts: 16, depth: 2, slots: 2 };
+const PAIRED: Variant = Variant { shape: "2x8_2", stripes: 2, parts: 8, depth: 2, slots: 1 };
+/// From the fastest on.
+const VARIANTS: [Variant; 3] = [WHOLE, Variant { slots: 1, ..WHOLE }, PAIRED];
 
 impl Variant {
     fn warps(&self) -> usize {
@@ -155,7 +157,6 @@ impl Variant {
         unit: usize,
         k_units: usize,
         rows: usize,
-        slots: usize,
     ) -> usize {
         let barriers = (self.warps() * self.depth * 8).next_multiple_of(128);
         let rings = (self.warps() * self.depth * unit).next_multiple_of(128);
@@ -165,7 +166,7 @@ impl Variant {
             Layout::Columns => x_units * DEPTH * 16 + self.warps() * 128,
         };
         // With the barriers of two slots.
-        let sums = slots * PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4 + 32;
+        let sums = self.slots * PARTS * rows * (self.stripes * STRIPE / self.slices()) * 4 + 32;
         let norm_sums = if by_block { rows * NORM_WARPS * 4 } else { 0 };
         barriers + rings + x + sums + norm_sums
     }
@@ -248,9 +249,9 @@ impl<T: Element> Gemv<T> {
             Layout::Rows => ("gemv-block", "block"),
             Layout::Columns => ("gemv-block", "columns"),
         };
-        for (variant, slots) in VARIANTS {
+        for variant in VARIANTS {
             let clusters = clusters(&variant);
-            let shared = variant.shared_memory(layout, by_block, unit, units.k_units, rows, slots);
+            let shared = variant.shared_memory(layout, by_block, unit, units.k_units, rows);
             // A block that has a slice of x sees whole rows only where it brings them into another order.
             let normalises =
                 spec.prologue == Prologue::Load || variant.slices() == 1 || units.gather.is_some();
@@ -266,7 +267,7 @@ impl<T: Element> Gemv<T> {
                 cluster: variant.slices() as u32,
                 programmatic: true,
             };
-            return Ok(Some(Plan { function, rows, layout, slots: slots as u32, shape }));
+            return Ok(Some(Plan { function, rows, layout, slots: variant.slots as u32, shape }));
         }
         Ok(None)
     }
@@ -499,7 +500,8 @@ mod tests {
     #[test]
     fn eight_rows_of_8192_features_fit_a_block() {
         let bytes = |by_block, asym, slots| {
-            WHOLE.shared_memory(Layout::Rows, by_block, unit_bytes(1, asym), 64, ROWS, slots)
+            let variant = Variant { slots, ..WHOLE };
+            variant.shared_memory(Layout::Rows, by_block, unit_bytes(1, asym), 64, ROWS)
         };
         // What a block of Hopper may have.
         let most = 227 << 10;
